@@ -1,0 +1,29 @@
+// The schemas of torch_gru_fuse's ops, for programs without Python. See README.md beside this file.
+//
+// torch_gru_fuse/ops/schemas.py states the same; tests/test_csrc_stub.py fails where the two differ.
+
+#include <torch/library.h>
+
+TORCH_LIBRARY(torch_gru_fuse, m) {
+  // For users: the arguments of torch.gru and torch.gru_cell.
+  m.def(
+      "gru(Tensor input, Tensor hx, Tensor[] params, bool has_biases, int num_layers, float dropout, bool train, "
+      "bool bidirectional, bool batch_first) -> (Tensor, Tensor)");
+  m.def(
+      "gru_cell(Tensor input, Tensor hx, Tensor w_ih, Tensor w_hh, Tensor? b_ih=None, Tensor? b_hh=None) -> Tensor");
+
+  // What a compiled graph holds.
+  m.def(
+      "gru_forward(Tensor input, Tensor hx, Tensor[] params, bool has_biases, int num_layers, bool bidirectional, "
+      "Tensor? dropout_masks, bool save) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "gru_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor input, Tensor hx, Tensor[] params, bool has_biases, "
+      "int num_layers, bool bidirectional, Tensor? dropout_masks, Tensor output, Tensor reserve, "
+      "bool[] needs) -> Tensor[]");
+  m.def(
+      "gru_cell_forward(Tensor input, Tensor hx, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, bool save) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "gru_cell_backward(Tensor grad_h, Tensor input, Tensor hx, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
+      "Tensor gates, bool[] needs) -> Tensor[]");
+}

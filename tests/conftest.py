@@ -1,0 +1,38 @@
+"""Shared fixtures: one compile cache for the run, a clean Dynamo and switched-off rewrite for every test."""
+
+import os
+import tempfile
+
+import pytest
+
+# Before torch reads them.  Compiled code is shared by the tests of one run, never with another run: what a test finds in a
+# cache was put there by this code.
+_CACHE = tempfile.TemporaryDirectory(prefix="torch_gru_fuse-tests-")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _CACHE.name
+os.environ.pop("TORCH_GRU_FUSE", None)
+os.environ.pop("TORCH_GRU_FUSE_KERNELS", None)
+
+import torch  # noqa: E402
+
+import torch_gru_fuse  # noqa: E402
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def clean_state():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    torch_gru_fuse.disable()
+    torch_gru_fuse.clear_rewrites()
+    yield
+    torch_gru_fuse.disable()
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def nan_filled_empty():
+    """`torch.empty` holds NaN, so that an element which nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # with fill_uninitialized_memory, which is torch's default
+    yield
+    torch.use_deterministic_algorithms(False)

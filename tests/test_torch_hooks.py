@@ -1,0 +1,163 @@
+"""What each hook into torch is expected to do; where a torch release breaks one, this says which."""
+
+import contextlib
+
+import pytest
+import torch
+import torch._decomp.decompositions  # registers the kernels that the shape rule stands before
+from torch import nn
+
+from torch_gru_fuse import torch_hooks
+
+pytestmark = pytest.mark.versions
+
+
+def no_hook_of_ours():
+    from torch._dynamo.variables.builder import VariableBuilder
+    from torch._inductor import compile_fx
+
+    keys = (torch._C.DispatchKey.Autograd, torch._C.DispatchKey.CompositeImplicitAutograd)
+    kernels = torch.ops.aten.gru.input.py_kernels
+    return VariableBuilder.wrap_module, compile_fx.compile_fx, *(kernels[key] for key in keys)
+
+
+def test_install_and_remove_leave_no_trace():
+    before = no_hook_of_ours()
+    dynamo = torch_hooks.DynamoHook(lambda backend: True, lambda *args: None)
+    inductor = torch_hooks.InductorHook(lambda gm: 0, lambda: "tag")
+    for hook in (dynamo, inductor):
+        hook.install()
+        hook.install()
+        assert hook.installed
+    assert all(a is not b for a, b in zip(no_hook_of_ours(), before, strict=True))
+    for hook in (dynamo, inductor):
+        hook.remove()
+        hook.remove()
+        assert not hook.installed
+    assert no_hook_of_ours() == before
+
+
+def test_dynamo_is_asked_about_every_backend_and_only_for_gru():
+    asked = []
+
+    def wants(backend):
+        asked.append(backend)
+        return False
+
+    def backend(gm, inputs):
+        return gm.forward
+
+    hook = torch_hooks.DynamoHook(wants, lambda *args: None)
+    hook.install()
+    try:
+        for module in (nn.LSTM(3, 4), nn.RNN(3, 4), nn.Linear(3, 4)):
+            torch.compile(module, backend=backend)(torch.randn(2, 5, 3))
+        assert asked == []
+        torch._dynamo.reset()  # a frame that could not be traced is not tried again
+        torch.compile(nn.GRU(3, 4), backend=backend)(torch.randn(2, 5, 3))
+        assert asked and all(getattr(b, "compiler_fn", b) is backend for b in asked)
+        assert not torch._dynamo.config.allow_rnn
+    finally:
+        hook.remove()
+
+
+def test_shape_rule_is_used_by_dynamo_and_never_while_a_graph_is_recorded():
+    calls = []
+
+    def rule(input, hx, *rest):
+        calls.append(type(input).__name__)
+        return input.new_empty(*input.shape[:2], hx.shape[2]), torch.empty_like(hx)
+
+    graphs = []
+
+    def backend(gm, inputs):
+        graphs.append(gm)
+        return gm.forward
+
+    rnn, x = nn.GRU(3, 4), torch.randn(5, 2, 3)
+    hook = torch_hooks.DynamoHook(lambda backend: backend is not None, rule)
+    hook.install()
+    try:
+        result = torch.compile(rnn, backend=backend, fullgraph=True)(x)
+        assert calls and set(calls) == {"FakeTensor"}
+        torch.testing.assert_close(result, rnn(x))
+        del calls[:]
+        make_fx = torch.fx.experimental.proxy_tensor.make_fx
+        recorded = make_fx(lambda x: rnn(x)[0], tracing_mode="fake", _allow_non_fake_inputs=True)(x)
+        rnn(x)
+        assert calls == []
+        torch.testing.assert_close(recorded(x), rnn(x)[0])  # unrolled, and right
+    finally:
+        hook.remove()
+
+
+def test_backends_are_recognised():
+    seen = []
+    hook = torch_hooks.DynamoHook(lambda backend: seen.append(backend) or False, lambda *args: None)
+    hook.install()
+    try:
+        named = [{"backend": name} for name in ("eager", "aot_eager")]
+        for options in ({}, {"backend": "inductor"}, {"mode": "reduce-overhead"}, *named):
+            torch._dynamo.reset()
+            with contextlib.suppress(torch._dynamo.exc.Unsupported):
+                torch.compile(nn.GRU(3, 4), fullgraph=True, **options)(torch.randn(2, 5, 3))
+    finally:
+        hook.remove()
+    assert [torch_hooks.is_inductor(b) for b in seen] == [True, True, True, False, False]
+
+
+def test_no_backend_is_in_progress_outside_of_a_trace():
+    assert torch_hooks.dynamo_backend_in_progress() is None
+
+
+@pytest.mark.parametrize("how", ["legacy", "new"])
+def test_precision_flags_are_read(how):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        assert not torch_hooks.rnn_allows_tf32()
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        assert torch_hooks.rnn_allows_tf32()
+    try:
+        for allowed in (True, False):
+            if how == "legacy":
+                torch.set_float32_matmul_precision("high" if allowed else "highest")
+            else:
+                torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
+            assert torch_hooks.matmul_allows_tf32() == allowed
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("state", ["untouched", "legacy high", "legacy medium", "new tf32", "new ieee"])
+def test_matmul_precision_is_restored(state):
+    def flags():
+        try:
+            legacy = torch.get_float32_matmul_precision()
+        except RuntimeError:  # the new flag alone was set: torch refuses to name the old one
+            legacy = "mixed"
+        return torch.backends.cuda.matmul.fp32_precision, legacy
+
+    try:
+        if state.startswith("legacy"):
+            torch.set_float32_matmul_precision(state.split()[1])
+        elif state.startswith("new"):
+            torch.backends.cuda.matmul.fp32_precision = state.split()[1]
+        before = flags()
+        for allow in (True, False):
+            with pytest.raises(ZeroDivisionError), torch_hooks.matmul_tf32(allow):
+                assert torch_hooks.matmul_allows_tf32() == allow
+                raise ZeroDivisionError
+            assert flags() == before
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_source_hash_changes_with_the_sources(tmp_path):
+    def package(name, content):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "module.py").write_text(content)
+        return torch_hooks.source_hash(folder)
+
+    assert package("a", "x = 1") == package("b", "x = 1") != package("c", "x = 2")

@@ -1,0 +1,15 @@
+"""Fused GRUs for torch.compile.
+
+    import torch, torch_gru_fuse
+    torch_gru_fuse.enable()
+    model = torch.compile(MyModelWithGRU(), fullgraph=True)
+
+Importing the package registers the ops `torch.ops.torch_gru_fuse.*` and changes nothing else.
+"""
+
+from torch_gru_fuse import functional
+from torch_gru_fuse.passes.rewrite import Rewrite, clear_rewrites, rewrites
+from torch_gru_fuse.switch import disable, enable, is_enabled
+
+__version__ = "0.1.0"
+__all__ = ["Rewrite", "clear_rewrites", "disable", "enable", "functional", "is_enabled", "rewrites"]

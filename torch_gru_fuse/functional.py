@@ -1,0 +1,114 @@
+"""The ops as functions, with PyTorch's arguments.
+
+Both are differentiable (reverse mode), run under `torch.autocast`, `torch.vmap` and
+`torch.compile`, and choose their implementation by device and dtype: Triton kernels on NVIDIA
+GPUs of compute capability 8.0 or more in float16, bfloat16 and float32, PyTorch's own GRU otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+import torch_gru_fuse.ops  # noqa: F401  (registers the ops)
+from torch_gru_fuse.ops.schemas import ops
+
+__all__ = ["gru", "gru_cell"]
+
+
+def gru(
+    input: Tensor,
+    hx: Tensor,
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor]:
+    r"""A multi-layer GRU over a sequence; drop-in for `torch.gru`.
+
+    For every layer, direction and time step, with :math:`\sigma` the logistic function and
+    :math:`\odot` the elementwise product,
+
+    .. math::
+        r_t &= \sigma(W_{ir} x_t + b_{ir} + W_{hr} h_{t-1} + b_{hr}) \\
+        z_t &= \sigma(W_{iz} x_t + b_{iz} + W_{hz} h_{t-1} + b_{hz}) \\
+        n_t &= \tanh(W_{in} x_t + b_{in} + r_t \odot (W_{hn} h_{t-1} + b_{hn})) \\
+        h_t &= (1 - z_t) \odot n_t + z_t \odot h_{t-1}
+
+    T time steps, B batch, I input features, H hidden units, L layers, D directions.
+
+    Args:
+        input: [T, B, I], or [B, T, I] with `batch_first`; T at least 1.
+        hx: initial hidden state [L*D, B, H].
+        params: for each layer and direction w_ih [3H, I or D*H], w_hh [3H, H] and, with
+            `has_biases`, b_ih [3H], b_hh [3H]; gates in the order r, z, n.
+        has_biases: whether `params` holds biases.
+        num_layers: L.
+        dropout: probability with which an element of a layer's output, except the last layer's,
+            is zero; only with `train`.
+        train: whether dropout is applied.
+        bidirectional: D = 2 instead of 1.
+        batch_first: layout of `input` and output.
+
+    Returns:
+        output [T, B, D*H] (or [B, T, D*H]), the last layer's hidden state at every step, and
+        h_n [L*D, B, H], the last hidden state of every layer and direction.
+
+    Dtypes: float16, bfloat16, float32, float64; one for all tensors.  float32 products use TF32
+    where PyTorch's flag for cuDNN's RNNs allows it (`torch.backends.cudnn.rnn.fp32_precision`,
+    `torch.backends.cudnn.allow_tf32`).
+
+    Raises:
+        RuntimeError: sizes, dtypes or devices do not fit; the message names the argument.
+        NotImplementedError: forward-mode AD or double backward.
+
+    Source: Cho et al., "Learning Phrase Representations using RNN Encoder-Decoder" (2014), in the
+    variant of `torch.nn.GRU`, where the reset gate acts after the product with W_hn.
+    """
+    return ops.gru.default(
+        input, hx, list(params), has_biases, num_layers, dropout, train, bidirectional, batch_first
+    )
+
+
+def gru_cell(
+    input: Tensor,
+    hx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> Tensor:
+    r"""One step of a GRU; drop-in for `torch.gru_cell`.
+
+    .. math::
+        r &= \sigma(W_{ir} x + b_{ir} + W_{hr} h + b_{hr}) \\
+        z &= \sigma(W_{iz} x + b_{iz} + W_{hz} h + b_{hz}) \\
+        n &= \tanh(W_{in} x + b_{in} + r \odot (W_{hn} h + b_{hn})) \\
+        h' &= (1 - z) \odot n + z \odot h
+
+    Args:
+        input: x [B, I].
+        hx: h [B, H].
+        w_ih: [3H, I], gates in the order r, z, n.
+        w_hh: [3H, H].
+        b_ih: [3H] or None.
+        b_hh: [3H] or None.
+
+    Returns:
+        h' [B, H].
+
+    Dtypes: float16, bfloat16, float32, float64; one for all tensors.  float32 products use TF32
+    where PyTorch's flag for matrix products allows it (`torch.backends.cuda.matmul.fp32_precision`,
+    `torch.set_float32_matmul_precision`), which is the flag that `torch.gru_cell` obeys.
+
+    Raises:
+        RuntimeError: sizes, dtypes or devices do not fit; the message names the argument.
+        NotImplementedError: forward-mode AD or double backward.
+
+    Source: as :func:`gru`; reference `torch.nn.GRUCell`.
+    """
+    return ops.gru_cell.default(input, hx, w_ih, w_hh, b_ih, b_hh)

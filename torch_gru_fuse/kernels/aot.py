@@ -1,0 +1,217 @@
+"""Compile kernels for a GPU that is not there, and see what they take.
+
+The compiler needs no device: ``compile_launch`` derives from the very arguments of a launch (tensors may be on the meta
+device) what the launcher would ask for, ``compile_kernel`` takes it apart.  The numbers decide which tiles may be used.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import cell, step
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    from ..planner.tiles import Tile
+
+_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
+_TOOLS = Path(nvidia.__file__).parent / "bin"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes: registers of a thread, bytes of a thread's stack and of a program's shared memory."""
+
+    registers: int
+    stack_bytes: int
+    spill_bytes: int  # stored; spilled registers are the usual reason for a stack
+    shared_bytes: int
+    ptx: str
+    cubin: bytes
+
+
+def compile_kernel(
+    kernel: triton.JITFunction,
+    signature: Mapping[str, str],
+    constexprs: Mapping[str, Any],
+    *,
+    capability: int,
+    num_warps: int,
+    num_stages: int,
+    divisible_by_16: Collection[str] = (),
+) -> Resources:
+    """Compiles for compute capability 80, 89, 90, ...; nothing is loaded or run.
+
+    signature: Triton's type of each argument that is not in ``constexprs`` ("*fp16", "i32").
+    divisible_by_16: arguments with this property.  Pointers of PyTorch tensors have it; without it loads come out scalar.
+    """
+    types = {name: "constexpr" if name in constexprs else signature[name] for name in kernel.arg_names}
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible_by_16}
+    compiled = triton.compile(
+        ASTSource(kernel, types, dict(constexprs), attributes),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": num_warps, "num_stages": num_stages},
+    )
+    ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
+    registers, stack_bytes = _usage(cubin)
+    spill_bytes = _spills(ptx) if stack_bytes else 0
+    return Resources(registers, stack_bytes, spill_bytes, compiled.metadata.shared, ptx, cubin)
+
+
+def compile_launch(kernel: triton.JITFunction, arguments: Mapping[str, Any], *, capability: int) -> Resources:
+    """Compiles what ``kernel[grid](**arguments)`` would run on that GPU, by the launcher's own rules of specialisation.
+
+    None and constexprs are constants, and so is an integer 1; integers and pointers divisible by 16 are known to be.
+    """
+    signature, constexprs, divisible = {}, {}, []
+    for parameter in kernel.params:
+        name, value = parameter.name, arguments[parameter.name]
+        specialize = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialize and isinstance(value, int) and value == 1):
+            constexprs[name] = value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = _TYPES[value.dtype]
+            if specialize and value.storage_offset() * value.element_size() % 16 == 0:
+                divisible.append(name)
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if specialize and not parameter.do_not_specialize_on_alignment and value % 16 == 0:
+                divisible.append(name)
+    return compile_kernel(
+        kernel,
+        signature,
+        constexprs,
+        capability=capability,
+        num_warps=arguments["num_warps"],
+        num_stages=arguments["num_stages"],
+        divisible_by_16=divisible,
+    )
+
+
+def compile_cell_forward(
+    dtype: torch.dtype,
+    tile: Tile,
+    *,
+    inputs: int,
+    hidden: int,
+    bias: bool = True,
+    save_gates: bool = True,
+    tf32: bool = True,
+    capability: int = 89,
+) -> Resources:
+    """`cell_forward` of contiguous tensors."""
+    new = functools.partial(torch.empty, dtype=dtype, device="meta")
+    batch = tile.block_b
+    b = new(3 * hidden) if bias else None
+    _, arguments = cell.cell_forward_launch(
+        new(batch, inputs), new(batch, hidden), new(3 * hidden, inputs), new(3 * hidden, hidden), b, b,
+        new(batch, hidden), new(batch, 4, hidden) if save_gates else None,
+        tile=tile, tf32=tf32,
+    )  # fmt: skip
+    return compile_launch(cell.cell_forward_kernel, arguments, capability=capability)
+
+
+def compile_cell_gates(
+    dtype: torch.dtype, tile: Tile, *, hidden: int, bias: bool = True, save_gates: bool = True, capability: int = 89
+) -> Resources:
+    """`cell_gates` of contiguous tensors."""
+    new = functools.partial(torch.empty, dtype=dtype, device="meta")
+    batch = tile.block_b
+    projection, state, b = new(batch, 3 * hidden), new(batch, hidden), new(3 * hidden) if bias else None
+    _, arguments = cell.cell_gates_launch(
+        projection, projection, state, b, b, state, new(batch, 4, hidden) if save_gates else None, tile=tile
+    )
+    return compile_launch(cell.cell_gates_kernel, arguments, capability=capability)
+
+
+def compile_cell_backward(dtype: torch.dtype, tile: Tile, *, hidden: int, capability: int = 89) -> Resources:
+    """`cell_backward` of contiguous tensors."""
+    new = functools.partial(torch.empty, dtype=dtype, device="meta")
+    state, gates = new(tile.block_b, hidden), new(tile.block_b, 4, hidden)
+    _, arguments = cell.cell_backward_launch(state, state, gates, gates, state, tile=tile)
+    return compile_launch(cell.cell_backward_kernel, arguments, capability=capability)
+
+
+def compile_sequence_forward(
+    dtype: torch.dtype,
+    tile: Tile,
+    *,
+    hidden: int,
+    directions: int = 1,
+    bias: bool = True,
+    save_gates: bool = True,
+    gi_dtype: torch.dtype | None = None,
+    tf32: bool = True,
+    capability: int = 89,
+) -> Resources:
+    """`sequence_forward`; gi in the same dtype unless told otherwise."""
+    new = functools.partial(torch.empty, dtype=dtype, device="meta")
+    steps, batch = 2, tile.block_b
+    b = [new(3 * hidden)] * directions if bias else None
+    _, arguments = step.sequence_forward_launch(
+        new(directions, steps, batch, 3 * hidden, dtype=gi_dtype or dtype), new(directions, batch, hidden),
+        [new(3 * hidden, hidden)] * directions, b, b,
+        new(steps, batch, directions * hidden), new(directions, steps, batch, 4, hidden) if save_gates else None,
+        tile=tile, tf32=tf32,
+    )  # fmt: skip
+    return compile_launch(step.sequence_forward_kernel, arguments, capability=capability)
+
+
+def compile_sequence_backward(
+    dtype: torch.dtype,
+    tile: Tile,
+    *,
+    hidden: int,
+    directions: int = 1,
+    grad_out: bool = True,
+    tf32: bool = True,
+    capability: int = 89,
+) -> Resources:
+    """`sequence_backward`."""
+    new = functools.partial(torch.empty, dtype=dtype, device="meta")
+    steps, batch = 2, tile.block_b
+    state, out = new(directions, batch, hidden), new(steps, batch, directions * hidden)
+    gates = new(directions, steps, batch, 4, hidden)
+    _, arguments = step.sequence_backward_launch(
+        out if grad_out else None, state, out, state, [new(3 * hidden, hidden)] * directions, gates, gates, state,
+        tile=tile, tf32=tf32,
+    )  # fmt: skip
+    return compile_launch(step.sequence_backward_kernel, arguments, capability=capability)
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """(registers, stack bytes) of the one kernel in it."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.check_output([_TOOLS / "cuobjdump", "-res-usage", file.name], text=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found is not None, text
+    return int(found[1]), int(found[2])
+
+
+def _spills(ptx: str) -> int:
+    """Bytes of spill stores by the assembler's own account."""
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    assert target is not None
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        done = subprocess.run(
+            [_TOOLS / "ptxas", "-v", f"-arch={target[1]}", file.name, "-o", "/dev/null"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    return sum(int(found) for found in re.findall(r"(\d+) bytes spill stores", done.stderr))

@@ -1,0 +1,142 @@
+"""The ops' schemas, each with its fake implementation directly below it.
+
+Two ops are for users and take the arguments of torch's own: `gru` (as `torch.gru`) and
+`gru_cell` (as `torch.gru_cell`).  They check their arguments and are made of the other four,
+which are what a compiled graph holds:
+
+    gru       = checks, layout, dropout masks  ->  gru_forward        (backward: gru_backward)
+    gru_cell  = checks                         ->  gru_cell_forward   (backward: gru_cell_backward)
+
+`csrc_stub/torch_gru_fuse.cpp` states the same schemas in C++; a test keeps the two equal.
+
+Sizes in this package: T time steps, B batch, I input features, H hidden units, L layers,
+D directions (1 or 2).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torch_gru_fuse.ops import support
+
+NAMESPACE = "torch_gru_fuse"
+library = torch.library.Library(NAMESPACE, "DEF")
+
+#: cuDNN's reserve exceeds its six values a unit and step by up to 368 bytes a layer (cuDNN 9.19, shapes of H = 1 to 4096).
+CUDNN_EXTRA_BYTES = 1024
+
+# ---- gru ------------------------------------------------------------------------------
+
+library.define(
+    "gru(Tensor input, Tensor hx, Tensor[] params, bool has_biases, int num_layers, "
+    "float dropout, bool train, bool bidirectional, bool batch_first) -> (Tensor, Tensor)"
+)  # composite: its fake implementation is that of gru_forward
+
+library.define(
+    "gru_forward(Tensor input, Tensor hx, Tensor[] params, bool has_biases, int num_layers, "
+    "bool bidirectional, Tensor? dropout_masks, bool save) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def reserve_size(T: int, B: int, H: int, L: int, D: int, *, cuda: bool, bytes_each: int) -> int:
+    """Elements that `gru_forward` saves for `gru_backward`.
+
+    On a CPU the outputs of all layers but the last; the backward computes the gates again.  On CUDA the Triton kernels add
+    four gate values a unit and step, and cuDNN, which may run in their place, six and a few bytes more: a graph is traced
+    without knowing which it will be.
+    """
+    layer = T * B * H * D
+    if not cuda:
+        return (L - 1) * layer
+    return (L - 1) * layer + L * (6 * layer + CUDNN_EXTRA_BYTES // bytes_each)
+
+
+def split_reserve(reserve: Tensor, T: int, B: int, H: int, L: int, D: int) -> tuple[Tensor, Tensor]:
+    """Views of a reserve: layer_outputs [L-1, T, B, D*H], before dropout, and all that follows it."""
+    count = (L - 1) * T * B * H * D
+    return reserve[:count].view(L - 1, T, B, D * H), reserve[count:]
+
+
+def empty_gru_results(
+    input: Tensor, hx: Tensor, num_layers: int, bidirectional: bool, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate what `gru_forward` returns; all implementations and the fake share this function.
+
+    Returns:
+        output [T, B, D*H], h_n [L*D, B, H] and reserve, what the backward needs besides, empty without `save`.
+    """
+    T, B, _ = input.shape
+    H = hx.shape[2]
+    D = 2 if bidirectional else 1
+    size = reserve_size(T, B, H, num_layers, D, cuda=input.device.type == "cuda", bytes_each=input.dtype.itemsize)
+    return (
+        input.new_empty(T, B, D * H),
+        hx.new_empty(num_layers * D, B, H),
+        input.new_empty(size if save else 0),
+    )
+
+
+@torch.library.register_fake(f"{NAMESPACE}::gru_forward", lib=library)
+def _(input, hx, params, has_biases, num_layers, bidirectional, dropout_masks, save):
+    return empty_gru_results(input, hx, num_layers, bidirectional, save)
+
+
+# `needs` has one flag for each of input, hx, *params; the result holds the gradients that are
+# needed, in that order.
+library.define(
+    "gru_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor input, Tensor hx, Tensor[] params, "
+    "bool has_biases, int num_layers, bool bidirectional, Tensor? dropout_masks, Tensor output, "
+    "Tensor reserve, bool[] needs) -> Tensor[]"
+)
+
+
+def empty_grads(tensors: list[Tensor], needs: list[bool]) -> list[Tensor]:
+    """Contiguous gradients for those of `tensors` that are needed."""
+    return [t.new_empty(t.shape) for t, need in zip(tensors, needs, strict=True) if need]
+
+
+@torch.library.register_fake(f"{NAMESPACE}::gru_backward", lib=library)
+def _(grad_output, grad_h_n, input, hx, params, has_biases, num_layers, bidirectional,
+      dropout_masks, output, reserve, needs):
+    return empty_grads([input, hx, *params], needs)
+
+
+# ---- gru_cell -------------------------------------------------------------------------
+
+library.define(
+    "gru_cell(Tensor input, Tensor hx, Tensor w_ih, Tensor w_hh, Tensor? b_ih=None, "
+    "Tensor? b_hh=None) -> Tensor"
+)  # composite, as gru
+
+library.define(
+    "gru_cell_forward(Tensor input, Tensor hx, Tensor w_ih, Tensor w_hh, Tensor? b_ih, "
+    "Tensor? b_hh, bool save) -> (Tensor, Tensor)"
+)
+
+
+def empty_cell_results(hx: Tensor, save: bool) -> tuple[Tensor, Tensor]:
+    """Allocate h [B, H] and gates [B, 4, H] (r, z, n, hn; empty where nothing is saved)."""
+    B, H = hx.shape
+    gates_saved = save and support.kernels_run(hx)
+    return hx.new_empty(B, H), hx.new_empty((B, 4, H) if gates_saved else (0,))
+
+
+@torch.library.register_fake(f"{NAMESPACE}::gru_cell_forward", lib=library)
+def _(input, hx, w_ih, w_hh, b_ih, b_hh, save):
+    return empty_cell_results(hx, save)
+
+
+# `needs` has one flag for each of input, hx, w_ih, w_hh, b_ih, b_hh.
+library.define(
+    "gru_cell_backward(Tensor grad_h, Tensor input, Tensor hx, Tensor w_ih, Tensor w_hh, "
+    "Tensor? b_ih, Tensor? b_hh, Tensor gates, bool[] needs) -> Tensor[]"
+)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::gru_cell_backward", lib=library)
+def _(grad_h, input, hx, w_ih, w_hh, b_ih, b_hh, gates, needs):
+    return empty_grads([input, hx, w_ih, w_hh, b_ih, b_hh], needs)
+
+
+ops = torch.ops.torch_gru_fuse

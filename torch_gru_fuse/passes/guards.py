@@ -1,0 +1,106 @@
+"""Which calls in a graph can be rewritten.  Each guard returns None or the reason against it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from torch_gru_fuse.ops.checks import DTYPES
+
+#: The arguments of the two functions, in order, with their defaults.
+_REQUIRED = object()
+SIGNATURES: dict[str, dict[str, object]] = {
+    "gru": dict.fromkeys(
+        ("input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first"),
+        _REQUIRED,
+    ),
+    "gru_cell": {**dict.fromkeys(("input", "hx", "w_ih", "w_hh"), _REQUIRED), "b_ih": None, "b_hh": None},
+}
+DEVICES = ("cpu", "cuda")
+
+
+def bind(target: str, node: Node) -> dict[str, object] | None:
+    """The call's arguments by name, or None where it is another overload."""
+    signature = SIGNATURES[target]
+    bound = dict(zip(signature, node.args, strict=False))
+    if len(node.args) > len(signature) or not (node.kwargs.keys() <= signature.keys() - bound.keys()):
+        return None
+    bound |= node.kwargs
+    for name, default in signature.items():
+        if name not in bound:
+            if default is _REQUIRED:
+                return None
+            bound[name] = default
+    return {name: bound[name] for name in signature}
+
+
+def _value(arg: object) -> object:
+    """The fake tensor behind a node, as Dynamo (`example_value`) or export (`val`) recorded it."""
+    if not isinstance(arg, Node):
+        return arg
+    return arg.meta.get("example_value", arg.meta.get("val"))
+
+
+def overload(target: str, node: Node) -> str | None:
+    bound = bind(target, node)
+    if target == "gru" and (bound is None or isinstance(bound["params"], Node) or not isinstance(bound["params"], Sequence)):
+        return "it is the overload for a PackedSequence (data, batch_sizes, ...)"
+    if bound is None:
+        return "its arguments are not those of torch.gru_cell"
+    return None
+
+
+def _tensors(target: str, node: Node) -> list[object]:
+    bound = bind(target, node)
+    assert bound is not None
+    args = [*bound.values()]
+    if target == "gru":
+        args = [bound["input"], bound["hx"], *bound["params"]]  # type: ignore[misc]
+    return [_value(a) for a in args if a is not None]
+
+
+def known_tensors(target: str, node: Node) -> str | None:
+    for value in _tensors(target, node):
+        if not isinstance(value, Tensor):
+            return "the graph does not say what one of its tensors is"
+    return None
+
+
+def plain_tensors(target: str, node: Node) -> str | None:
+    from torch._subclasses.fake_tensor import FakeTensor  # noqa: PLC2701
+
+    for value in _tensors(target, node):
+        if type(value) not in (Tensor, torch.nn.Parameter, FakeTensor, torch.nn.Buffer):
+            return f"one of its tensors is a {type(value).__name__}"
+        if value.is_sparse or value.is_quantized:
+            return "one of its tensors is sparse or quantized"
+    return None
+
+
+def device(target: str, node: Node) -> str | None:
+    for value in _tensors(target, node):
+        if value.device.type not in DEVICES:
+            return f"it runs on {value.device.type}; supported are {' and '.join(DEVICES)}"
+    return None
+
+
+def dtype(target: str, node: Node) -> str | None:
+    for value in _tensors(target, node):
+        if value.dtype not in DTYPES:
+            return f"it computes in {value.dtype}"
+    return None
+
+
+#: In the order in which they are asked; a later guard may rely on an earlier one.
+GUARDS: tuple[Callable[[str, Node], str | None], ...] = (overload, known_tensors, plain_tensors, device, dtype)
+
+
+def why_not(target: str, node: Node) -> str | None:
+    """The first reason why `node` is not rewritten, or None."""
+    for guard in GUARDS:
+        if (reason := guard(target, node)) is not None:
+            return reason
+    return None

@@ -1,0 +1,109 @@
+"""Switching the rewrite on and off for `torch.compile`'s default backend."""
+
+from __future__ import annotations
+
+import logging
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from torch_gru_fuse import torch_hooks
+from torch_gru_fuse.ops.schemas import ops
+from torch_gru_fuse.passes.rewrite import cache_tag, rewrite
+
+log = logging.getLogger("torch_gru_fuse")
+
+_enabled = False
+
+
+def _is_own_backend(backend: Any) -> bool:
+    return getattr(backend, "rewrites_gru", False) or getattr(
+        getattr(backend, "compiler_fn", None), "rewrites_gru", False
+    )
+
+
+def _will_be_rewritten(backend: Any) -> bool:
+    """Whether a graph that Dynamo traces for `backend` reaches the pass."""
+    if backend is None:
+        return False
+    if _is_own_backend(backend):
+        return True
+    if not _enabled:
+        return False
+    if not torch_hooks.is_inductor(backend):
+        log.info(
+            "backend %s does not run the rewrite; nn.GRU is treated as without torch_gru_fuse",
+            getattr(backend, "__name__", backend),
+        )
+        return False
+    return True
+
+
+def _shapes(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """output and h_n of `torch.gru` on fake tensors; also where its argument errors are raised."""
+    return ops.gru.default(*args, **kwargs)
+
+
+dynamo_hook = torch_hooks.DynamoHook(_will_be_rewritten, _shapes)
+inductor_hook = torch_hooks.InductorHook(rewrite, cache_tag)
+
+
+class enable:  # noqa: N801  (called as a function, as torch.no_grad is)
+    """Rewrite the GRUs of every model that `torch.compile` compiles from now on.
+
+    ``enable()`` stays in force until :func:`disable`; ``with enable():`` until the end of the block,
+    where the former state comes back.  Compilation happens at a model's first call, so that is
+    the call that has to be inside.  Models that are already compiled stay as they are.
+
+    Affects `torch.nn.GRU`, `torch.nn.GRUCell`, `torch.gru` and `torch.gru_cell` under
+    ``torch.compile`` with its default backend (Inductor) and with AOTInductor.  Eager code, other
+    backends, nn.LSTM and nn.RNN behave as without it.
+    """
+
+    def __init__(self) -> None:
+        self._was_enabled = _enabled
+        _set_enabled(True)
+
+    def __enter__(self) -> enable:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _set_enabled(self._was_enabled)
+
+    def __repr__(self) -> str:
+        return f"torch_gru_fuse.enable() [now {'enabled' if _enabled else 'disabled'}]"
+
+
+def disable() -> None:
+    """Undo :func:`enable`.  Models that are already compiled stay as they are."""
+    _set_enabled(False)
+
+
+def is_enabled() -> bool:
+    """Whether `torch.compile`'s default backend rewrites GRUs."""
+    return _enabled
+
+
+def _set_enabled(value: bool) -> None:
+    global _enabled
+    _enabled = value
+    if value:
+        dynamo_hook.install()
+        inductor_hook.install()
+    else:
+        inductor_hook.remove()
+        if not _backend_loaded:
+            dynamo_hook.remove()
+
+
+_backend_loaded = False
+
+
+def keep_dynamo_hook() -> None:
+    """Called by the backend "gru_fuse", which needs Dynamo's part without :func:`enable`."""
+    global _backend_loaded
+    _backend_loaded = True
+    dynamo_hook.install()

@@ -1,0 +1,528 @@
+"""Every place where this package touches an interface of torch that is not public.
+
+Nothing outside this module imports a name with a leading underscore from torch or
+changes an attribute of one of its modules.  When a torch release moves something,
+this is the file to mend; `tests/test_torch_hooks.py` says what each hook is expected to do.
+
+Importing this module imports torch and nothing of Dynamo or Inductor; the functions that
+need those import them when they are called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# ---------------------------------------------------------------------------------------
+# Dispatcher
+# ---------------------------------------------------------------------------------------
+
+#: Context in which a call of an op skips its autograd kernel.
+below_autograd = torch._C._AutoDispatchBelowAutograd
+
+#: `torch.autograd.Function` for use inside the autograd kernel of an op.  The public class
+#: refuses to run there while a `torch.func` transform is active, although the transform has
+#: already been taken apart by the dispatcher at that point.
+SingleLevelFunction = torch.autograd.function._SingleLevelFunction
+
+
+def apply_single_level(function: type, *args: Any) -> Any:
+    """``function.apply(*args)`` for a `SingleLevelFunction`, inside or outside `torch.func`."""
+    if not torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    from torch._functorch.autograd_function import enable_single_level_autograd_function
+
+    with enable_single_level_autograd_function():
+        return function.apply(*args)
+
+
+def has_forward_tangent(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether forward-mode AD is active and one of `tensors` carries a tangent."""
+    if torch.autograd.forward_ad._current_level < 0:
+        return False
+    return any(
+        t is not None and torch.autograd.forward_ad.unpack_dual(t).tangent is not None
+        for t in tensors
+    )
+
+
+_AUTOCAST_KEYS = {
+    "cpu": torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU),
+    "cuda": torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA),
+}
+
+
+def below_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
+    """Context in which a call of an op skips its autocast kernel for `device_type`."""
+    return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS[device_type])
+
+
+# ---------------------------------------------------------------------------------------
+# Numerical precision of float32
+# ---------------------------------------------------------------------------------------
+
+
+def rnn_allows_tf32() -> bool:
+    """Whether cuDNN's RNNs may use TF32 for float32.
+
+    Both ways to say so end in this flag: `torch.backends.cudnn.allow_tf32` and
+    `torch.backends.cudnn.rnn.fp32_precision` (with the more general `fp32_precision` flags).
+    """
+    return torch.backends.cudnn.rnn.fp32_precision == "tf32"
+
+
+def matmul_allows_tf32() -> bool:
+    """Whether cuBLAS may use TF32 for float32; this is the flag that `torch.gru_cell` obeys."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+_precision_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def matmul_tf32(allow: bool) -> Iterator[None]:
+    """Run float32 matrix products with TF32 allowed or not, whatever the global flag says.
+
+    `torch.gru` obeys cuDNN's RNN flag for all its products, torch's own matrix products obey
+    cuBLAS's.  The flag is global to the process: where the two already agree, as they do for
+    half precision callers and for most float32 ones, nothing is touched; otherwise it is
+    set and restored under a lock.
+    """
+    if matmul_allows_tf32() == allow:
+        yield
+        return
+    with _precision_lock:
+        new_style = torch.backends.cuda.matmul.fp32_precision
+        try:
+            legacy = torch.get_float32_matmul_precision()
+        except RuntimeError:  # the two flags disagree: the user set the new one alone
+            legacy = None
+        if legacy is None:
+            torch.backends.cuda.matmul.fp32_precision = "tf32" if allow else "ieee"
+        else:  # sets both flags, so that they still agree
+            torch.set_float32_matmul_precision("high" if allow else "highest")
+        try:
+            yield
+        finally:
+            if legacy is not None:
+                torch.set_float32_matmul_precision(legacy)
+            torch.backends.cuda.matmul.fp32_precision = new_style
+
+
+# ---------------------------------------------------------------------------------------
+# cuDNN
+# ---------------------------------------------------------------------------------------
+
+_CUDNN_GRU = 3  # cuDNN's mode number
+
+
+class CudnnGRU(NamedTuple):
+    output: Tensor
+    h_n: Tensor
+    reserve: Tensor
+
+
+def cudnn_runs(tensor: Tensor) -> bool:
+    """Whether `torch.gru` uses cuDNN for tensors like this one (torch's own `is_acceptable` does not know bfloat16)."""
+    return (
+        tensor.device.type == "cuda"
+        and tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        and torch.backends.cudnn.enabled
+        and torch.backends.cudnn.is_available()
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _cudnn_weight_layout(
+    input_size: int, hidden: int, layers: int, bidirectional: bool, has_biases: bool, dtype: torch.dtype, device: torch.device
+) -> tuple[tuple[int, ...], int]:
+    """Order of the parameters in cuDNN's one buffer of weights, and its elements; asked of cuDNN itself.
+
+    The parameters come first, without gaps.  Without biases the buffer still has places for them, which are zero.
+    """
+    directions = 2 if bidirectional else 1
+    features = [input_size] + [directions * hidden] * (layers - 1)
+    shapes = [
+        shape
+        for f in features
+        for _ in range(directions)
+        for shape in ((3 * hidden, f), (3 * hidden, hidden), *(((3 * hidden,),) * 2 if has_biases else ()))
+    ]
+    params = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+    torch._cudnn_rnn_flatten_weight(
+        params, 4 if has_biases else 2, input_size, _CUDNN_GRU, hidden, 0, layers, False, bidirectional
+    )
+    order = tuple(sorted(range(len(params)), key=lambda i: params[i].data_ptr()))
+    end = params[order[0]].untyped_storage().data_ptr()
+    for i in order:
+        assert params[i].data_ptr() == end, "cuDNN's weight buffer has gaps"
+        end += params[i].numel() * params[i].element_size()
+    return order, params[0].untyped_storage().nbytes() // params[0].element_size()
+
+
+def _cudnn_weight_buffer(
+    x: Tensor, hx: Tensor, params: list[Tensor], has_biases: bool, layers: int, bidirectional: bool
+) -> Tensor:
+    """All weights in cuDNN's buffer: the module's own where `flatten_parameters` made them one, otherwise a copy."""
+    order, total = _cudnn_weight_layout(x.shape[2], hx.shape[2], layers, bidirectional, has_biases, x.dtype, x.device)
+    first = params[order[0]]
+    storage = first.untyped_storage()
+    end = first.data_ptr()
+    flat = storage.data_ptr() == end and storage.nbytes() == total * first.element_size()
+    for i in order:
+        flat = flat and params[i].data_ptr() == end and params[i].is_contiguous()
+        end += params[i].numel() * params[i].element_size()
+    if flat:
+        return first.as_strided((total,), (1,))
+    pieces = [params[i].reshape(-1) for i in order]
+    missing = total - sum(p.numel() for p in pieces)
+    return torch.cat([*pieces, first.new_zeros(missing)])
+
+
+def cudnn_gru_forward(
+    x: Tensor, hx: Tensor, params: list[Tensor], has_biases: bool, layers: int, bidirectional: bool
+) -> CudnnGRU:
+    """cuDNN's training forward: x [T, B, I], hx [L*D, B, H]."""
+    buffer = _cudnn_weight_buffer(x, hx, params, has_biases, layers, bidirectional)
+    output, h_n, _, reserve, _ = torch._cudnn_rnn(
+        x.contiguous(), params, 4 if has_biases else 2, buffer, hx.contiguous(), None, _CUDNN_GRU, hx.shape[2], 0, layers,
+        False, 0.0, True, bidirectional, [], None,
+    )  # fmt: skip
+    return CudnnGRU(output, h_n, reserve)
+
+
+def cudnn_gru_backward(
+    grad_output: Tensor | None, grad_h_n: Tensor | None, x: Tensor, hx: Tensor, params: list[Tensor], has_biases: bool,
+    layers: int, bidirectional: bool, output: Tensor, reserve: Tensor, *, need_weights: bool,
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:  # fmt: skip
+    """Gradients of x, hx and params; writes into `reserve`."""
+    buffer = _cudnn_weight_buffer(x, hx, params, has_biases, layers, bidirectional)
+    d_x, d_hx, _, d_params = torch.ops.aten._cudnn_rnn_backward(
+        x.contiguous(), params, 4 if has_biases else 2, buffer, hx.contiguous(), None, output.contiguous(),
+        torch.zeros_like(output) if grad_output is None else grad_output.contiguous(),
+        None if grad_h_n is None else grad_h_n.contiguous(), None, _CUDNN_GRU, hx.shape[2], 0, layers, False, 0.0, True,
+        bidirectional, [], None, reserve, [True, True, False, need_weights],
+    )  # fmt: skip
+    # cuDNN's weight gradients are views of one buffer; outputs of an op must not share memory.
+    return d_x, d_hx, [d.clone() for d in d_params] if need_weights else [None] * len(params)
+
+
+# ---------------------------------------------------------------------------------------
+# Dynamo: let nn.GRU through, and find the shapes of torch.gru without running it
+# ---------------------------------------------------------------------------------------
+
+
+def innermost_backend(compiler_fn: Any) -> Any:
+    """The backend that the user named, without the wrappers that Dynamo puts around it."""
+    while hasattr(compiler_fn, "_torchdynamo_orig_backend"):
+        compiler_fn = compiler_fn._torchdynamo_orig_backend
+    return compiler_fn
+
+
+def is_inductor(backend: Any) -> bool:
+    """Whether a Dynamo backend is Inductor, as ``torch.compile`` or ``optimize("inductor")`` give it."""
+    if isinstance(backend, torch._TorchCompileInductorWrapper):
+        return True
+    from torch._dynamo.backends.inductor import inductor
+
+    return backend is inductor
+
+
+def inductor_runs_pre_grad_passes() -> bool:
+    from torch._inductor import config
+
+    return bool(config.use_pre_grad_passes)
+
+
+def dynamo_backend_in_progress() -> Any | None:
+    """The backend of the `torch.compile` call that Dynamo traces for in this thread, if any."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        tx = InstructionTranslator.current_tx()
+    except AttributeError:  # the thread-local has no value outside of a trace
+        return None
+    if tx is None:
+        return None
+    return innermost_backend(tx.output.compiler_fn)
+
+
+class DynamoHook:
+    """Lets `torch.nn.GRU` into the graph and makes the shapes of `torch.gru` by `shape_rule`.
+
+    Args:
+        wants: called with a Dynamo backend; says whether graphs for it will be rewritten.
+            For every other backend Dynamo behaves as without this package.
+        shape_rule: called with the arguments of `torch.gru` on fake tensors; returns
+            ``(output, h_n)``.
+
+    nn.RNN and nn.LSTM are not touched.
+    """
+
+    def __init__(self, wants: Callable[[Any], bool], shape_rule: Callable[..., tuple[Tensor, Tensor]]):
+        self._wants = wants
+        self._shape_rule = shape_rule
+        self._undo: list[Callable[[], None]] = []
+
+    @property
+    def installed(self) -> bool:
+        return bool(self._undo)
+
+    def install(self) -> None:
+        if self.installed:
+            return
+        self._install_module_hook()
+        self._install_shape_rule()
+
+    def remove(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    def _install_module_hook(self) -> None:
+        from torch._dynamo import config
+        from torch._dynamo.variables.builder import VariableBuilder
+
+        original = VariableBuilder.wrap_module
+        wants = self._wants
+
+        @functools.wraps(original)
+        def wrap_module(builder: Any, value: Any) -> Any:
+            if not isinstance(value, torch.nn.GRU) or not wants(
+                innermost_backend(builder.tx.output.compiler_fn)
+            ):
+                return original(builder, value)
+            with config.patch(allow_rnn=True):
+                variable = original(builder, value)
+            return _break_on_packed_sequence(variable, lambda: original(builder, value))
+
+        VariableBuilder.wrap_module = wrap_module
+        self._undo.append(lambda: setattr(VariableBuilder, "wrap_module", original))
+
+    def _install_shape_rule(self) -> None:
+        # Dynamo finds the shapes of a node by running it on fake tensors.  For torch.gru that is
+        # a Python loop over time (torch/_decomp/decompositions.py), which takes O(T) and makes
+        # T a constant of the graph.
+        import torch._decomp.decompositions  # registers the entries replaced below
+
+        op = torch.ops.aten.gru.input
+        keys = (torch._C.DispatchKey.Autograd, torch._C.DispatchKey.CompositeImplicitAutograd)
+        originals = {key: op.py_kernels[key] for key in keys}
+        shape_rule = self._shape_rule
+        wants = self._wants
+
+        def with_fallback(original: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(original)
+            def rule(*args: Any, **kwargs: Any) -> Any:
+                if _only_shapes_are_asked(args) and wants(dynamo_backend_in_progress()):
+                    return shape_rule(*args, **kwargs)
+                return original(*args, **kwargs)
+
+            return rule
+
+        def put(kernels: dict[Any, Callable[..., Any]]) -> None:
+            op.py_kernels.update(kernels)
+            op._dispatch_cache.clear()
+
+        put({key: with_fallback(original) for key, original in originals.items()})
+        self._undo.append(lambda: put(originals))
+
+
+def _break_on_packed_sequence(variable: Any, without_hook: Callable[[], Any]) -> Any:
+    """Make a call of a wrapped nn.GRU with a PackedSequence do what Dynamo does by itself.
+
+    Dynamo cannot trace `torch.gru`'s overload for packed data.  By itself it breaks the graph at
+    the module (2.15) or leaves the whole frame to the interpreter (before).
+    """
+    from torch._dynamo.exc import SkipFrame, Unsupported
+    from torch.nn.utils.rnn import PackedSequence
+
+    traced_call = variable.call_function
+
+    def is_packed(argument: Any) -> bool:
+        try:
+            return issubclass(argument.realize().python_type(), PackedSequence)
+        except NotImplementedError:  # a variable that has no Python type
+            return False
+
+    def call_function(tx: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        if not any(is_packed(a) for a in (*args, *kwargs.values())):
+            return traced_call(tx, args, kwargs)
+        try:
+            untraceable = without_hook()
+        except Unsupported as reason:
+            if tx.one_graph or getattr(tx, "error_on_graph_break", False):
+                raise
+            raise SkipFrame("nn.GRU was called with a PackedSequence") from reason
+        return untraceable.call_function(tx, args, kwargs)
+
+    variable.call_function = call_function
+    return variable
+
+
+def _only_shapes_are_asked(args: Sequence[Any]) -> bool:
+    """True under Dynamo's fake propagation, False while AOTAutograd or make_fx record a graph."""
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+    from torch.utils import _pytree as pytree
+
+    tensors = [a for a in pytree.tree_leaves(args) if isinstance(a, Tensor)]
+    functional_mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FUNCTIONAL)
+    return (
+        functional_mode is None
+        and get_proxy_mode() is None
+        and bool(tensors)
+        and all(isinstance(t, FakeTensor) for t in tensors)
+    )
+
+
+# ---------------------------------------------------------------------------------------
+# Inductor: rewrite a graph where compile_fx receives it
+# ---------------------------------------------------------------------------------------
+
+
+class InductorHook:
+    """Runs `rewrite` on every graph that Inductor's `compile_fx` receives, before AOTAutograd.
+
+    Standing before `compile_fx` and not in `config.pre_grad_custom_pass`, it neither takes the
+    place of a user's own pass nor loses its own to ``torch.compile(options=...)``, and
+    Inductor's and AOTAutograd's caches look up the rewritten graph.
+
+    Args:
+        rewrite: changes a GraphModule in place, subgraphs included; returns the number of
+            replaced nodes.
+        cache_tag: becomes part of the cache keys of rewritten graphs, so that an entry made by
+            another version of this package is never used.
+    """
+
+    def __init__(self, rewrite: Callable[[torch.fx.GraphModule], int], cache_tag: Callable[[], str]):
+        self._rewrite = rewrite
+        self._cache_tag = cache_tag
+        self._original: Callable[..., Any] | None = None
+
+    @property
+    def installed(self) -> bool:
+        return self._original is not None
+
+    def install(self) -> None:
+        if self.installed:
+            return
+        from torch._inductor import compile_fx as module
+
+        original = module.compile_fx
+
+        @functools.wraps(original)
+        def compile_fx(model_: Any, example_inputs_: Any, *args: Any, **kwargs: Any) -> Any:
+            return self._compile(original, model_, example_inputs_, args, kwargs)
+
+        module.compile_fx = compile_fx
+        self._original = original
+
+    def remove(self) -> None:
+        if not self.installed:
+            return
+        from torch._inductor import compile_fx as module
+
+        module.compile_fx = self._original
+        self._original = None
+
+    def compile(self, gm: torch.fx.GraphModule, inputs: Sequence[Any], config_patches: dict[str, Any]) -> Any:
+        """Rewrite and compile one graph, installed or not."""
+        from torch._inductor import compile_fx as module
+
+        original = self._original or module.compile_fx
+        return self._compile(original, gm, inputs, (), {"config_patches": config_patches or None})
+
+    def _compile(
+        self, original: Callable[..., Any], gm: Any, inputs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if not isinstance(gm, torch.fx.GraphModule) or not self._rewrite(gm):
+            return original(gm, inputs, *args, **kwargs)
+        from torch._inductor.compile_fx import compile_fx_inner
+
+        config = torch.compiler.config
+        tag = f"{config.cache_key_tag}{self._cache_tag()}"
+        inner = args[0] if args else kwargs.pop("inner_compile", compile_fx_inner)
+
+        # The backward graph is compiled after this function has returned, hence the second patch.
+        @functools.wraps(inner)
+        def inner_compile(*inner_args: Any, **inner_kwargs: Any) -> Any:
+            with config.patch(cache_key_tag=tag):
+                return inner(*inner_args, **inner_kwargs)
+
+        with config.patch(cache_key_tag=tag):
+            return original(gm, inputs, inner_compile, *args[1:], **kwargs)
+
+
+def inductor_mode_options(mode: str | None, dynamic: bool | None = None) -> dict[str, Any]:
+    """What ``torch.compile(mode=...)`` means for Inductor."""
+    if mode is None or mode == "default":
+        return {}
+    from torch._inductor import list_mode_options
+
+    return dict(list_mode_options(mode, dynamic))
+
+
+def child_graphs(gm: torch.fx.GraphModule) -> list[torch.fx.GraphModule]:
+    """The graph modules below `gm`: bodies of checkpoint, cond, scan and the like."""
+    return [m for name, m in gm.named_modules() if name and isinstance(m, torch.fx.GraphModule)]
+
+
+# ---------------------------------------------------------------------------------------
+# Pattern matcher
+# ---------------------------------------------------------------------------------------
+
+
+def call_pattern_pass(
+    name: str,
+    targets: Sequence[Callable[..., Any]],
+    check: Callable[[torch.fx.Node], bool],
+    handler: Callable[[torch.fx.Graph, torch.fx.Node], None],
+) -> Callable[[torch.fx.Graph], int]:
+    """A pattern-matcher pass that hands every call of one of `targets` to `handler`.
+
+    `check` sees the node first and may refuse it.  `handler` replaces the uses of the node; the
+    matcher then erases it.  Returns a function from a graph to the number of matches.
+    """
+    from torch._inductor.pattern_matcher import (
+        CallFunctionVarArgs,
+        Match,
+        PatternMatcherPass,
+        register_graph_pattern,
+    )
+
+    pass_ = PatternMatcherPass(pass_name=name)
+
+    @register_graph_pattern(
+        CallFunctionVarArgs(list(targets)),
+        extra_check=lambda match: check(match.output_node()),
+        pass_dict=pass_,
+    )
+    def replace(match: Match, *args: Any, **kwargs: Any) -> None:
+        node = match.output_node()
+        handler(match.graph, node)
+        match.erase_nodes()
+
+    return pass_.apply
+
+
+# ---------------------------------------------------------------------------------------
+# Cache keys
+# ---------------------------------------------------------------------------------------
+
+
+@functools.cache
+def source_hash(folder: Path) -> str:
+    """A hash of every Python source below `folder`: what this version of the package does."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(str(path.relative_to(folder)).encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
