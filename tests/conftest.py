@@ -31,6 +31,14 @@ def clean_state():
 
 
 @pytest.fixture
+def cells_on_cpu(monkeypatch):
+    """Cells are rewritten on a CPU, too: it is not worth it there, and shows without a GPU what happens on one."""
+    from torch_gru_fuse.passes import guards
+
+    monkeypatch.setattr(guards, "GUARDS", tuple(g for g in guards.GUARDS if g is not guards.profitable))
+
+
+@pytest.fixture
 def nan_filled_empty():
     """`torch.empty` holds NaN, so that an element which nobody wrote shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # with fill_uninitialized_memory, which is torch's default

@@ -150,3 +150,26 @@ def test_dropout_masks_act_between_layers():
             equations.gru(x, hx, params, True, 2, False, dropout_masks=masks),
             (expected, torch.cat((h_first, h_second))),
         )
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_layer_that_saves_its_gates(reverse, bias):
+    steps, batch, inputs, hidden = 4, 3, 2, 5
+    new = dict(dtype=torch.float64)
+    x, h0 = torch.randn(steps, batch, inputs, **new), torch.randn(batch, hidden, **new)
+    w_ih, w_hh = torch.randn(3 * hidden, inputs, **new), torch.randn(3 * hidden, hidden, **new)
+    biases = (torch.randn(3 * hidden, **new), torch.randn(3 * hidden, **new)) if bias else (None, None)
+    parameters = (w_ih, w_hh, *biases)
+    out = torch.full((steps, batch, 2 * hidden), float("nan"), **new)[..., hidden:]  # a strided part of a larger output
+    gates = torch.full((steps, batch, 4, hidden), float("nan"), **new)
+    equations.gru_layer_saving(x, h0, *parameters, out, gates, reverse)
+    expected, _ = equations.gru_layer(x, h0, *parameters, reverse)
+    torch.testing.assert_close(out, expected)
+    grads = torch.randn(steps, batch, hidden, **new), torch.randn(batch, hidden, **new)
+    saved = equations.gru_layer_backward(*grads, x, h0, out, *parameters, reverse, gates=gates)
+    recomputed = equations.gru_layer_backward(*grads, x, h0, out, *parameters, reverse)
+    for a, b in zip(saved, recomputed, strict=True):
+        assert (a is None) == (b is None)
+        if b is not None:
+            torch.testing.assert_close(a, b)

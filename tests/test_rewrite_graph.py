@@ -36,6 +36,7 @@ def rewritten_by_compile(module, *args):
     return "\n".join(lines)
 
 
+@pytest.mark.usefixtures("cells_on_cpu")
 class TestGraphs(expecttest.TestCase):
     def test_sequence(self):
         rnn = nn.GRU(4, 6, batch_first=True, bias=False)
@@ -62,6 +63,12 @@ l_cell_parameters_weight_hh_ = L_cell_parameters_weight_hh_
 gru_cell_default = torch.ops.torch_gru_fuse.gru_cell.default(l_x_, l_h_, l_cell_parameters_weight_ih_, l_cell_parameters_weight_hh_, None, None)
 relu = gru_cell_default.relu()
 return (relu,)""")
+
+
+def test_cells_are_left_to_inductor_on_a_cpu():
+    gm = graph_with_gru(target=torch.gru_cell)
+    assert rewrite(gm) == 0
+    assert "on a CPU Inductor's own code for a cell is faster" in torch_gru_fuse.rewrites()[0].reason
 
 
 # ---- exported graphs ----------------------------------------------------------------------------------------------------
@@ -108,6 +115,7 @@ def the_call(gm):
     return node
 
 
+@pytest.mark.usefixtures("cells_on_cpu")
 @pytest.mark.parametrize("target", [torch.gru, torch.gru_cell])
 def test_the_graph_of_the_guard_tests_is_rewritten_as_it_is(target):
     gm = graph_with_gru(target=target)
@@ -173,7 +181,7 @@ def test_guard_refuses_calls_it_does_not_know():
 
 
 def test_every_guard_has_a_test():
-    assert {g.__name__ for g in GUARDS} == {*REFUSED, "overload"}
+    assert {g.__name__ for g in GUARDS} == {*REFUSED, "overload", "profitable"}
 
 
 def test_other_functions_are_no_candidates():

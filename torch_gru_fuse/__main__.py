@@ -8,9 +8,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from torch_gru_fuse.tools import demo
+from torch_gru_fuse.tools import bench, demo, plan
 
-COMMANDS = {"demo": demo}
+COMMANDS = {"demo": demo, "plan": plan, "bench": bench}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-__all__ = ["gru", "gru_cell", "gru_cell_backward", "gru_layer", "gru_layer_backward"]
+__all__ = ["gru", "gru_cell", "gru_cell_backward", "gru_layer", "gru_layer_backward", "gru_layer_saving"]
 
 
 def _gates(gi: Tensor, gh: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -126,6 +126,35 @@ def gru_layer(
     return torch.stack(out), h
 
 
+def gru_layer_saving(
+    x: Tensor,
+    h0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    out: Tensor,
+    gates: Tensor,
+    reverse: bool = False,
+) -> None:
+    """:func:`gru_layer` for training: fills out [T, B, H] and gates [T, B, 4, H] = (r, z, n, hn), what the backward needs.
+
+    Seven operations a step, all into memory that exists.  Not differentiable.
+    """
+    hidden = h0.shape[1]
+    gi = linear(x, w_ih, b_ih)
+    w_hh = w_hh.t()
+    steps = range(x.shape[0])
+    h = h0
+    for t in reversed(steps) if reverse else steps:
+        gh = h @ w_hh if b_hh is None else torch.addmm(b_hh, h, w_hh)
+        r, z, n, hn = gates[t].unbind(1)
+        torch.add(gi[t, :, : 2 * hidden], gh[:, : 2 * hidden], out=gates[t, :, :2].flatten(1)).sigmoid_()
+        hn.copy_(gh[:, 2 * hidden :])
+        torch.addcmul(gi[t, :, 2 * hidden :], r, hn, out=n).tanh_()
+        h = torch.lerp(n, h, z, out=out[t])
+
+
 def gru_layer_backward(
     grad_out: Tensor | None,
     grad_hn: Tensor | None,
@@ -138,6 +167,7 @@ def gru_layer_backward(
     b_hh: Tensor | None = None,
     reverse: bool = False,
     *,
+    gates: Tensor | None = None,
     needs: Sequence[bool] = (True,) * 6,
 ) -> tuple[Tensor | None, ...]:
     """(dx, dh0, dw_ih, dw_hh, db_ih, db_hh) of :func:`gru_layer`, for T >= 1.
@@ -145,13 +175,17 @@ def gru_layer_backward(
     grad_out [T, B, H] and grad_hn [B, H] may be None (zero).  ``needs`` says, in the order of the result, which gradients
     are wanted; the others, and those of absent biases, are None.
 
-    ``out`` holds every state, so the gates of all steps are recomputed at once.  Their derivatives do not depend on the
-    gradient that arrives: what is left for the loop over time is g -> (d_gates = derivative * g, next g).  The gradients
-    of input, weights and biases are then one matrix product, or one sum, over all steps.
+    ``gates`` [T, B, 4, H] are those of :func:`gru_layer_saving`.  Without them, since ``out`` holds every state, the gates of
+    all steps are recomputed at once.  Their derivatives do not depend on the gradient that arrives: what is left for the
+    loop over time is g -> (d_gates = derivative * g, next g).  The gradients of input, weights and biases are then one
+    matrix product, or one sum, over all steps.
     """
     steps, batch, hidden = out.shape
     h_before = torch.cat((out[1:], h0[None])) if reverse else torch.cat((h0[None], out[:-1]))
-    r, z, n, hn = _gates(linear(x, w_ih, b_ih), linear(h_before, w_hh, b_hh))
+    if gates is None:
+        r, z, n, hn = _gates(linear(x, w_ih, b_ih), linear(h_before, w_hh, b_hh))
+    else:
+        r, z, n, hn = gates.unbind(2)
     d_gates = _gate_derivatives(r, z, n, hn, h_before)  # [T, B, 4, H], made gate gradients step by step
     w_rotated = _rotate(w_hh)
 

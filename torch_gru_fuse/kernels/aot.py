@@ -18,14 +18,17 @@ import torch
 import triton
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
-from . import cell, step
+from . import cell, resident, step, wavefront
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
     from ..planner.tiles import Tile
+    from ..planner.whole_sequence import WholeSequencePlan
 
 _TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
 _TOOLS = Path(nvidia.__file__).parent / "bin"
@@ -50,24 +53,28 @@ def compile_kernel(
     *,
     capability: int,
     num_warps: int,
-    num_stages: int,
+    num_stages: int | None = None,
+    maxnreg: int | None = None,
     divisible_by_16: Collection[str] = (),
 ) -> Resources:
-    """Compiles for compute capability 80, 89, 90, ...; nothing is loaded or run.
+    """Compiles a kernel of Triton or Gluon for compute capability 80, 89, 90, ...; nothing is loaded or run.
 
     signature: Triton's type of each argument that is not in ``constexprs`` ("*fp16", "i32").
+    num_stages, maxnreg: pipelining and the bound on registers of a thread; None: Triton's default, or no bound.
     divisible_by_16: arguments with this property.  Pointers of PyTorch tensors have it; without it loads come out scalar.
     """
     types = {name: "constexpr" if name in constexprs else signature[name] for name in kernel.arg_names}
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible_by_16}
+    source = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
     compiled = triton.compile(
-        ASTSource(kernel, types, dict(constexprs), attributes),
+        source(kernel, types, dict(constexprs), attributes),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages},
+        options={name: value for name, value in options.items() if value is not None},
     )
     ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
     registers, stack_bytes = _usage(cubin)
-    spill_bytes = _spills(ptx) if stack_bytes else 0
+    spill_bytes = _spills(ptx, capability) if stack_bytes else 0
     return Resources(registers, stack_bytes, spill_bytes, compiled.metadata.shared, ptx, cubin)
 
 
@@ -96,7 +103,8 @@ def compile_launch(kernel: triton.JITFunction, arguments: Mapping[str, Any], *, 
         constexprs,
         capability=capability,
         num_warps=arguments["num_warps"],
-        num_stages=arguments["num_stages"],
+        num_stages=arguments.get("num_stages"),
+        maxnreg=arguments.get("maxnreg"),
         divisible_by_16=divisible,
     )
 
@@ -192,6 +200,36 @@ def compile_sequence_backward(
     return compile_launch(step.sequence_backward_kernel, arguments, capability=capability)
 
 
+def compile_whole_sequence(
+    dtype: torch.dtype,
+    plan: WholeSequencePlan,
+    *,
+    batch: int,
+    hidden: int,
+    reverse: bool = False,
+    steps: int = 16,
+    save_gates: bool = False,
+    capability: int = 89,
+) -> Resources:
+    """One launch of `whole_sequence_forward` with that plan: a stack, a layer, or, if ``reverse``, both directions of one.
+
+    hidden: any; it is padded as there.  steps: not part of the code, unless offsets of the sequence exceed 31 bits.
+    """
+    new = functools.partial(torch.empty, dtype=dtype, device="meta")
+    lanes, padded = plan.lanes, -(-hidden // 16) * 16
+    stack = lanes > 1 and not reverse
+    launch = resident.resident_launch if plan.kernel.name == "resident" else wavefront.wavefront_launch
+    kernel = resident.resident_kernel if plan.kernel.name == "resident" else wavefront.wavefront_kernel
+    _, arguments = launch(
+        new(steps, batch, (2 if reverse else 1) * 3 * padded),
+        new(steps + 2, batch, 2 * padded) if reverse else new(lanes, steps + 1, batch, padded),
+        new(lanes - 1, 3 * padded, padded) if stack else None, new(lanes, 3 * padded, padded),
+        new(lanes, 4 * padded, dtype=torch.float32), new(lanes, steps, batch, 4, padded) if save_gates else None,
+        new(1, dtype=torch.int32), plan=plan.kernel,
+    )  # fmt: skip
+    return compile_launch(kernel, arguments, capability=capability)
+
+
 def _usage(cubin: bytes) -> tuple[int, int]:
     """(registers, stack bytes) of the one kernel in it."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -203,7 +241,7 @@ def _usage(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _spills(ptx: str) -> int:
+def _spills(ptx: str, capability: int) -> int:
     """Bytes of spill stores by the assembler's own account."""
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
     assert target is not None
@@ -211,7 +249,7 @@ def _spills(ptx: str) -> int:
         file.write(ptx)
         file.flush()
         done = subprocess.run(
-            [_TOOLS / "ptxas", "-v", f"-arch={target[1]}", file.name, "-o", "/dev/null"],
+            [get_ptxas(capability).path, "-v", f"-arch={target[1]}", file.name, "-o", "/dev/null"],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
     return sum(int(found) for found in re.findall(r"(\d+) bytes spill stores", done.stderr))

@@ -7,7 +7,7 @@ on fake tensors alike, so a compiled model fails as an eager one does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import torch
@@ -20,22 +20,21 @@ def _fail(op: str, message: str) -> NoReturn:
     raise RuntimeError(f"torch_gru_fuse.{op}: {message}")
 
 
-def _check_same_kind(op: str, tensors: Sequence[tuple[str, Tensor | None]]) -> None:
-    """All tensors have one floating-point dtype and lie on one device."""
-    first_name, first = tensors[0]
-    assert first is not None
-    if first.dtype not in DTYPES:
-        _fail(op, f"{first_name} has dtype {first.dtype}, expected one of "
-                  f"{', '.join(str(d).removeprefix('torch.') for d in DTYPES)}")
-    for name, tensor in tensors[1:]:
+def _check_same_kind(
+    op: str, first_name: str, first: Tensor, others: Sequence[Tensor | None], name_of: Callable[[int], str]
+) -> None:
+    """All tensors have one floating-point dtype and lie on one device; `name_of(i)` names others[i]."""
+    dtype, device = first.dtype, first.device
+    if dtype not in DTYPES:
+        _fail(op, f"{first_name} has dtype {dtype}, expected one of {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}")
+    for i, tensor in enumerate(others):
         if tensor is None:
             continue
-        if tensor.dtype != first.dtype:
-            _fail(op, f"{name} has dtype {tensor.dtype}, but {first_name} has {first.dtype}; "
-                      f"convert one of them, for instance {first_name}.to({tensor.dtype})")
-        if tensor.device != first.device:
-            _fail(op, f"{name} is on {tensor.device}, but {first_name} is on {first.device}; "
-                      "move them to one device")
+        if tensor.dtype != dtype:
+            _fail(op, f"{name_of(i)} has dtype {tensor.dtype}, but {first_name} has {dtype}; convert one of them, for instance "
+                      f"{first_name}.to({tensor.dtype})")  # fmt: skip
+        if tensor.device != device:
+            _fail(op, f"{name_of(i)} is on {tensor.device}, but {first_name} is on {device}; move them to one device")
 
 
 def check_gru(
@@ -54,43 +53,42 @@ def check_gru(
     if input.dim() != 3:
         _fail(op, f"input must be 3-D {layout}, got {input.dim()}-D of size {tuple(input.shape)}")
     if hx.dim() != 3:
-        _fail(op, f"hx must be 3-D [num_layers * num_directions, B, H], got {hx.dim()}-D of size "
-                  f"{tuple(hx.shape)}")
+        _fail(op, f"hx must be 3-D [num_layers * num_directions, B, H], got {hx.dim()}-D of size {tuple(hx.shape)}")
     if num_layers < 1:
         _fail(op, f"num_layers must be at least 1, got {num_layers}")
     directions = 2 if bidirectional else 1
     kinds = ("w_ih", "w_hh", "b_ih", "b_hh") if has_biases else ("w_ih", "w_hh")
-    expected = num_layers * directions * len(kinds)
-    if len(params) != expected:
-        _fail(op, f"params has {len(params)} tensors, expected {expected}: {', '.join(kinds)} for "
-                  f"each of {num_layers} layers and {directions} directions "
-                  f"(has_biases={has_biases}, bidirectional={bidirectional})")
-    names = [
-        f"params[{i}] ({kinds[i % len(kinds)]} of layer {i // (len(kinds) * directions)}"
-        + (", reverse)" if bidirectional and i // len(kinds) % 2 else ")")
-        for i in range(expected)
-    ]
-    _check_same_kind(op, [("input", input), ("hx", hx), *zip(names, params, strict=True)])
+    per_layer = directions * len(kinds)
+    if len(params) != num_layers * per_layer:
+        _fail(op, f"params has {len(params)} tensors, expected {num_layers * per_layer}: {', '.join(kinds)} for each of "
+                  f"{num_layers} layers and {directions} directions (has_biases={has_biases}, bidirectional={bidirectional})")
 
-    seq_len, batch = (input.shape[1], input.shape[0]) if batch_first else input.shape[:2]
+    def name_of_param(i: int) -> str:
+        reverse = ", reverse" if bidirectional and i // len(kinds) % 2 else ""
+        return f"params[{i}] ({kinds[i % len(kinds)]} of layer {i // per_layer}{reverse})"
+
+    _check_same_kind(op, "input", input, (hx, *params), lambda i: name_of_param(i - 1) if i else "hx")
+
+    x_size = input.shape
+    seq_len, batch = (x_size[1], x_size[0]) if batch_first else (x_size[0], x_size[1])
+    states, h_batch, hidden = hx.shape
     if seq_len == 0:
-        _fail(op, f"input has a sequence length of 0 (size {tuple(input.shape)}, {layout}), "
-                  "expected at least 1")
-    if hx.shape[0] != num_layers * directions:
-        _fail(op, f"hx has {hx.shape[0]} states, expected num_layers * num_directions = "
+        _fail(op, f"input has a sequence length of 0 (size {tuple(x_size)}, {layout}), expected at least 1")
+    if states != num_layers * directions:
+        _fail(op, f"hx has {states} states, expected num_layers * num_directions = "
                   f"{num_layers} * {directions} = {num_layers * directions}")
-    if hx.shape[1] != batch:
-        _fail(op, f"hx has batch size {hx.shape[1]}, but input has {batch} (size "
-                  f"{tuple(input.shape)}, {layout})")
-    hidden = hx.shape[2]
+    if h_batch != batch:
+        _fail(op, f"hx has batch size {h_batch}, but input has {batch} (size {tuple(x_size)}, {layout})")
     if hidden == 0:
         _fail(op, "hx has a hidden size of 0, expected at least 1")
-    for i, (name, p) in enumerate(zip(names, params, strict=True)):
-        layer, kind = i // (len(kinds) * directions), kinds[i % len(kinds)]
-        features = {"w_ih": input.shape[2] if layer == 0 else directions * hidden, "w_hh": hidden}
-        size = (3 * hidden, features[kind]) if kind in features else (3 * hidden,)
-        if p.dim() != len(size) or any(a != b for a, b in zip(p.shape, size, strict=True)):
-            _fail(op, f"{name} has size {tuple(p.shape)}, expected {size} for hidden size {hidden}"
+    for i, p in enumerate(params):
+        kind = kinds[i % len(kinds)]
+        if kind == "w_ih":
+            size: tuple[int, ...] = (3 * hidden, x_size[2] if i < per_layer else directions * hidden)
+        else:
+            size = (3 * hidden, hidden) if kind == "w_hh" else (3 * hidden,)
+        if p.shape != size:
+            _fail(op, f"{name_of_param(i)} has size {tuple(p.shape)}, expected {size} for hidden size {hidden}"
                       + (f" and input size {size[1]}" if kind == "w_ih" else ""))
     if train and not 0.0 <= dropout <= 1.0:
         _fail(op, f"dropout must be a probability between 0 and 1, got {dropout}")
@@ -104,19 +102,19 @@ def check_gru_cell(
         _fail(op, f"input must be 2-D [B, I], got {input.dim()}-D of size {tuple(input.shape)}")
     if hx.dim() != 2:
         _fail(op, f"hx must be 2-D [B, H], got {hx.dim()}-D of size {tuple(hx.shape)}")
-    _check_same_kind(op, [("input", input), ("hx", hx), ("w_ih", w_ih), ("w_hh", w_hh),
-                          ("b_ih", b_ih), ("b_hh", b_hh)])
-    if hx.shape[0] != input.shape[0]:
-        _fail(op, f"hx has batch size {hx.shape[0]}, but input has {input.shape[0]}")
-    features, hidden = input.shape[1], hx.shape[1]
+    others = (hx, w_ih, w_hh, b_ih, b_hh)
+    _check_same_kind(op, "input", input, others, lambda i: ("hx", "w_ih", "w_hh", "b_ih", "b_hh")[i])
+    (batch, features), (h_batch, hidden) = input.shape, hx.shape
+    if h_batch != batch:
+        _fail(op, f"hx has batch size {h_batch}, but input has {batch}")
     if hidden == 0:
         _fail(op, "hx has a hidden size of 0, expected at least 1")
+    bias_size = (3 * hidden,)
     for name, p, size in (
         ("w_ih", w_ih, (3 * hidden, features)),
         ("w_hh", w_hh, (3 * hidden, hidden)),
-        ("b_ih", b_ih, (3 * hidden,)),
-        ("b_hh", b_hh, (3 * hidden,)),
+        ("b_ih", b_ih, bias_size),
+        ("b_hh", b_hh, bias_size),
     ):
-        if p is not None and (p.dim() != len(size) or any(a != b for a, b in zip(p.shape, size, strict=True))):
-            _fail(op, f"{name} has size {tuple(p.shape)}, expected {size} for input size {features} "
-                      f"and hidden size {hidden}")
+        if p is not None and p.shape != size:
+            _fail(op, f"{name} has size {tuple(p.shape)}, expected {size} for input size {features} and hidden size {hidden}")

@@ -7,6 +7,7 @@ own; the kernels do what depends on the step before.
 from __future__ import annotations
 
 import contextlib
+import logging
 
 import torch
 from torch import Tensor
@@ -15,10 +16,12 @@ from torch_gru_fuse import torch_hooks
 from torch_gru_fuse.kernels.cell import cell_backward, cell_forward, cell_gates
 from torch_gru_fuse.kernels.step import sequence_backward, sequence_forward
 from torch_gru_fuse.ops import cudnn_path, torch_path
-from torch_gru_fuse.ops.schemas import empty_cell_results, empty_gru_results, split_reserve
+from torch_gru_fuse.ops.schemas import empty_cell_results, empty_gru_results, saved_gates
 from torch_gru_fuse.ops.support import why_not_kernels
 from torch_gru_fuse.planner.plan import Plan, plan_gru, plan_gru_cell
 from torch_gru_fuse.planner.tiles import POINTWISE_TILE
+
+log = logging.getLogger("torch_gru_fuse")
 
 
 def _split_params(params: list[Tensor], has_biases: bool, directions: int) -> list[tuple[list[Tensor], ...]]:
@@ -33,11 +36,14 @@ def _split_params(params: list[Tensor], has_biases: bool, directions: int) -> li
 
 def _plan(input: Tensor, hx: Tensor, num_layers: int, directions: int, *, training: bool) -> Plan:
     T, B, features = input.shape
-    return plan_gru(
+    plan = plan_gru(
         T, B, features, hx.shape[2], num_layers, directions, str(input.dtype),
         tf32_allowed=torch_hooks.rnn_allows_tf32(), training=training, cudnn=torch_hooks.cudnn_runs(input),
         unsupported=why_not_kernels(input),
     )  # fmt: skip
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("gru T=%d B=%d I=%d H=%d: %s, %s", T, B, features, hx.shape[2], plan.kernel, plan.reason)
+    return plan
 
 
 def _products(plan: Plan, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
@@ -48,12 +54,6 @@ def _products(plan: Plan, dtype: torch.dtype) -> contextlib.AbstractContextManag
 def _input_projection(rows: Tensor, weight: Tensor, out: Tensor) -> None:
     """out = rows @ weight^T, float32 whatever the dtype: rounding it would be one rounding more than cuDNN makes."""
     torch.mm(rows, weight.t(), out_dtype=torch.float32, out=out)
-
-
-def _saved(reserve: Tensor, T: int, B: int, H: int, L: int, D: int) -> tuple[Tensor, Tensor]:
-    """Views of the reserve: layer_outputs [L-1, T, B, D*H] and gates [L, D, T, B, 4, H] = (r, z, n, hn)."""
-    layer_outputs, rest = split_reserve(reserve, T, B, H, L, D)
-    return layer_outputs, rest[: L * D * T * B * 4 * H].view(L, D, T, B, 4, H)
 
 
 def gru_forward(
@@ -77,7 +77,7 @@ def gru_forward(
         return path.gru_forward(input, hx, params, has_biases, num_layers, bidirectional, dropout_masks, save)
     output, h_n, reserve = empty_gru_results(input, hx, num_layers, bidirectional, save)
     if save:
-        layer_outputs, gates = _saved(reserve, T, B, H, num_layers, D)
+        layer_outputs, gates = saved_gates(reserve, T, B, H, num_layers, D)
 
     x = input
     for layer, (w_ih, w_hh, *biases) in enumerate(_split_params(params, has_biases, D)):
@@ -129,7 +129,7 @@ def gru_backward(
             grad_output, grad_h_n, input, hx, params, has_biases, num_layers, bidirectional, dropout_masks,
             output, reserve, needs,
         )  # fmt: skip
-    layer_outputs, gates = _saved(reserve, T, B, H, num_layers, D)
+    layer_outputs, gates = saved_gates(reserve, T, B, H, num_layers, D)
     need_input, need_hx, *need_params = needs
     grad_hx = hx.new_empty(hx.shape)
     per_state = 4 if has_biases else 2

@@ -42,20 +42,24 @@ library.define(
 def reserve_size(T: int, B: int, H: int, L: int, D: int, *, cuda: bool, bytes_each: int) -> int:
     """Elements that `gru_forward` saves for `gru_backward`.
 
-    On a CPU the outputs of all layers but the last; the backward computes the gates again.  On CUDA the Triton kernels add
-    four gate values a unit and step, and cuDNN, which may run in their place, six and a few bytes more: a graph is traced
-    without knowing which it will be.
+    The outputs of all layers but the last and four gate values a unit and step.  On CUDA cuDNN, which may run in the kernels'
+    place, keeps six and a few bytes more: a graph is traced without knowing which it will be.
     """
     layer = T * B * H * D
-    if not cuda:
-        return (L - 1) * layer
-    return (L - 1) * layer + L * (6 * layer + CUDNN_EXTRA_BYTES // bytes_each)
+    gates = L * (6 * layer + CUDNN_EXTRA_BYTES // bytes_each) if cuda else L * 4 * layer
+    return (L - 1) * layer + gates
 
 
 def split_reserve(reserve: Tensor, T: int, B: int, H: int, L: int, D: int) -> tuple[Tensor, Tensor]:
     """Views of a reserve: layer_outputs [L-1, T, B, D*H], before dropout, and all that follows it."""
     count = (L - 1) * T * B * H * D
     return reserve[:count].view(L - 1, T, B, D * H), reserve[count:]
+
+
+def saved_gates(reserve: Tensor, T: int, B: int, H: int, L: int, D: int) -> tuple[Tensor, Tensor]:
+    """Views of a reserve: layer_outputs [L-1, T, B, D*H], before dropout, and gates [L, D, T, B, 4, H] = (r, z, n, hn)."""
+    layer_outputs, rest = split_reserve(reserve, T, B, H, L, D)
+    return layer_outputs, rest[: L * D * T * B * 4 * H].view(L, D, T, B, 4, H)
 
 
 def empty_gru_results(

@@ -1,9 +1,8 @@
 """PyTorch's own GRU behind the ops: on CPUs, in float64, and on GPUs without kernels.
 
-The forward is `torch.gru` (on CUDA: cuDNN).  It saves only the outputs of the layers; the
-backward computes all gates again in batch and then runs the recurrence of dh alone
-(`equations.gru_layer_backward`), so that weight gradients are one product over all time steps
-and not one a step.
+Inference is `torch.gru` (on CUDA: cuDNN).  For training `torch.gru` would keep its gates to itself, so the same operations run
+here and save them; the backward then runs the recurrence of dh alone, and each weight gradient is one product over all time
+steps and not one a step.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torch_gru_fuse import equations
-from torch_gru_fuse.ops.schemas import empty_cell_results, empty_gru_results, split_reserve
+from torch_gru_fuse.ops.schemas import empty_gru_results, saved_gates
 
 
 def gru_forward(
@@ -25,10 +24,12 @@ def gru_forward(
     dropout_masks: Tensor | None,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if save:
+        return _forward_saving(input, hx, params, has_biases, num_layers, bidirectional, dropout_masks)
     biased = has_biases
     if input.is_cuda:
         hx, params = hx.contiguous(), [p.contiguous() for p in params]  # cuDNN's conditions
-        if num_layers > 1 and not has_biases:
+        if dropout_masks is not None and not has_biases:
             # One layer of a flattened stack without biases: torch takes what follows its weights, the next layer, for cuDNN's
             # (zero) biases, and the result is wrong (torch 2.11, cuDNN 9.19).
             zero = params[0].new_zeros(params[0].shape[0])
@@ -38,27 +39,49 @@ def gru_forward(
     def run(x: Tensor, h: Tensor, p: list[Tensor], layers: int) -> tuple[Tensor, Tensor]:
         return torch.gru(x, h, p, biased, layers, 0.0, False, bidirectional, False)
 
-    if num_layers == 1 or (dropout_masks is None and not save):
-        _, _, reserve = empty_gru_results(input, hx, num_layers, bidirectional, save)
+    nothing = input.new_empty(0)
+    if dropout_masks is None:
         output, h_n = run(input, hx, params, num_layers)
-        return output.contiguous(), h_n.contiguous(), reserve
+        return output.contiguous(), h_n.contiguous(), nothing
 
-    output, h_n, reserve = empty_gru_results(input, hx, num_layers, bidirectional, save)
     directions = 2 if bidirectional else 1
-    if save:
-        layer_outputs, _ = split_reserve(reserve, *output.shape[:2], hx.shape[2], num_layers, directions)
     per_layer = len(params) // num_layers
-    x = input
+    x, finals = input, []
     for layer in range(num_layers):
         states = slice(layer * directions, (layer + 1) * directions)
-        out, h = run(x, hx[states], params[layer * per_layer : (layer + 1) * per_layer], 1)
-        h_n[states] = h
-        if layer == num_layers - 1:
-            output = out.contiguous()
-        else:
-            if save:
-                layer_outputs[layer] = out
-            x = out if dropout_masks is None else out * dropout_masks[layer]
+        x, final = run(x, hx[states], params[layer * per_layer : (layer + 1) * per_layer], 1)
+        finals.append(final)
+        if layer < num_layers - 1:
+            x = x * dropout_masks[layer]
+    return x.contiguous(), torch.cat(finals), nothing
+
+
+def _forward_saving(
+    input: Tensor,
+    hx: Tensor,
+    params: list[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    bidirectional: bool,
+    dropout_masks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    directions = 2 if bidirectional else 1
+    H = hx.shape[2]
+    output, h_n, reserve = empty_gru_results(input, hx, num_layers, bidirectional, True)
+    layer_outputs, gates = saved_gates(reserve, *output.shape[:2], H, num_layers, directions)
+    tensors_each = 4 if has_biases else 2
+    x = input
+    for layer in range(num_layers):
+        out = output if layer == num_layers - 1 else layer_outputs[layer]
+        for d in range(directions):
+            state = layer * directions + d
+            w_ih, w_hh, *biases = params[state * tensors_each : (state + 1) * tensors_each]
+            columns = out[..., d * H : (d + 1) * H]
+            equations.gru_layer_saving(
+                x, hx[state], w_ih, w_hh, *(biases or (None, None)), columns, gates[layer, d], reverse=d == 1
+            )
+            h_n[state] = columns[0 if d else -1]
+        x = out if dropout_masks is None or out is output else out * dropout_masks[layer]
     return output, h_n, reserve
 
 
@@ -79,7 +102,7 @@ def gru_backward(
     directions = 2 if bidirectional else 1
     H = hx.shape[2]
     tensors_each = 4 if has_biases else 2
-    layer_outputs, _ = split_reserve(reserve, *output.shape[:2], H, num_layers, directions)
+    layer_outputs, gates = saved_gates(reserve, *output.shape[:2], H, num_layers, directions)
     need_input, need_hx, *need_params = needs
     grad_hx = torch.empty_like(hx, memory_format=torch.contiguous_format) if need_hx else None
     grad_params: list[Tensor | None] = [None] * len(params)
@@ -101,7 +124,7 @@ def gru_backward(
                 None if grad is None else grad[..., columns],
                 None if grad_h_n is None else grad_h_n[state],
                 x, hx[state], out[..., columns], w_ih, w_hh, *(biases or (None, None)),
-                reverse=d == 1,
+                reverse=d == 1, gates=gates[layer, d],
                 needs=(layer > 0 or need_input, need_hx, *wanted, *([False] * (4 - tensors_each))),
             )
             grad_x = dx if grad_x is None else grad_x + dx
@@ -117,8 +140,7 @@ def gru_backward(
 def gru_cell_forward(
     input: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, save: bool
 ) -> tuple[Tensor, Tensor]:
-    _, gates = empty_cell_results(hx, False)
-    return torch.gru_cell(input, hx, w_ih, w_hh, b_ih, b_hh).contiguous(), gates
+    return torch.gru_cell(input, hx, w_ih, w_hh, b_ih, b_hh).contiguous(), hx.new_empty(0)
 
 
 def gru_cell_backward(

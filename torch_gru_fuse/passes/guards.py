@@ -94,8 +94,16 @@ def dtype(target: str, node: Node) -> str | None:
     return None
 
 
+def profitable(target: str, node: Node) -> str | None:
+    # Inductor fuses the pointwise half of a cell; PyTorch's own cell, which the op runs on a CPU, does not.  Two cores, B=32,
+    # H=128: forward 115 and 160 us, with backward 397 and 833 us.
+    if target == "gru_cell" and _tensors(target, node)[0].device.type == "cpu":
+        return "on a CPU Inductor's own code for a cell is faster"
+    return None
+
+
 #: In the order in which they are asked; a later guard may rely on an earlier one.
-GUARDS: tuple[Callable[[str, Node], str | None], ...] = (overload, known_tensors, plain_tensors, device, dtype)
+GUARDS: tuple[Callable[[str, Node], str | None], ...] = (overload, known_tensors, plain_tensors, device, dtype, profitable)
 
 
 def why_not(target: str, node: Node) -> str | None:
