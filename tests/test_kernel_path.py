@@ -10,6 +10,7 @@ from problems import assert_same, cell_args, gru_args
 
 from torch_gru_fuse import equations, torch_hooks
 from torch_gru_fuse.ops import cudnn_path, kernel_path, schemas, support
+from torch_gru_fuse.ops.call import GRUCall
 from torch_gru_fuse.ops.schemas import reserve_size
 from torch_gru_fuse.planner.plan import Plan
 from torch_gru_fuse.planner.tiles import POINTWISE_TILE, Tile
@@ -90,10 +91,10 @@ def test_gru(kernels_on_cpu, monkeypatch, variant, dropout, kernel):
     D = 2 if bidirectional else 1
     size = (x.shape[0], x.shape[1], D * hx.shape[2])
     masks = torch.bernoulli(torch.full((L - 1, *size), 0.5)) * 2 if dropout and L > 1 else None
-    call = (x, hx, params, bias, L, bidirectional, masks)
+    call = GRUCall(x, hx, params, bias, L, bidirectional, masks)
 
-    inference = kernel_path.gru_forward(*call, False)
-    output, h_n, reserve = kernel_path.gru_forward(*call, True)
+    inference = kernel_path.gru_forward(call, False)
+    output, h_n, reserve = kernel_path.gru_forward(call, True)
     assert inference[2].numel() == 0
     assert reserve.shape == schemas.empty_gru_results(x, hx, L, bidirectional, True)[2].shape
     grads = torch.randn_like(output), torch.randn_like(h_n)
@@ -103,12 +104,12 @@ def test_gru(kernels_on_cpu, monkeypatch, variant, dropout, kernel):
         assert_same([output, h_n], expected, 2e-6)  # float32 sums of at most 40 terms of size one
         assert_same(inference[:2], expected, 2e-6)
         needs = [True] * (2 + len(params))
-        gradients = kernel_path.gru_backward(grad_output, grad_h_n, *call, output, reserve, needs)
+        gradients = kernel_path.gru_backward(call, grad_output, grad_h_n, output, reserve, needs)
         assert_same(gradients, expected_grads, 5e-6)
         assert torch.equal(reserve.view(torch.uint8), kept.view(torch.uint8))  # still good for another backward
         for skipped in range(0, len(needs), 3):
             needs = [i % 3 != skipped % 3 for i in range(2 + len(params))]
-            some = kernel_path.gru_backward(grad_output, grad_h_n, *call, output, reserve, needs)
+            some = kernel_path.gru_backward(call, grad_output, grad_h_n, output, reserve, needs)
             assert_same(some, [g for g, need in zip(expected_grads, needs, strict=True) if need], 5e-6)
     pointers = [g.untyped_storage().data_ptr() for g in gradients]
     assert len(set(pointers)) == len(pointers)  # an op's outputs share no memory
@@ -135,10 +136,11 @@ def test_gru_cell(kernels_on_cpu, monkeypatch, kernel, tile, bias):
 
 def test_empty_batch(kernels_on_cpu):
     x, hx, params, bias, L, *_ = gru_args(B=0, requires_grad=False)
-    output, h_n, reserve = kernel_path.gru_forward(x, hx, params, bias, L, False, None, True)
+    call = GRUCall(x, hx, params, bias, L, False, None)
+    output, h_n, reserve = kernel_path.gru_forward(call, True)
     assert output.shape == (5, 0, 6) and h_n.shape == (2, 0, 6)
     needs = [True] * (2 + len(params))
-    grads = kernel_path.gru_backward(output, h_n, x, hx, params, bias, L, False, None, output, reserve, needs)
+    grads = kernel_path.gru_backward(call, output, h_n, output, reserve, needs)
     assert_same(grads, [torch.zeros_like(t) for t in (x, hx, *params)], 0)
 
 
@@ -150,4 +152,4 @@ def test_reserve_that_is_too_small_is_an_error(kernels_on_cpu, monkeypatch):
     monkeypatch.setattr(torch_hooks, "cudnn_gru_forward", greedy)
     x, hx, params, bias, L, *_ = gru_args(requires_grad=False)
     with pytest.raises(RuntimeError, match="cuDNN .* asks for .* bytes of reserve, .* set TORCH_GRU_FUSE_KERNELS=triton"):
-        cudnn_path.gru_forward(x, hx, params, bias, L, False, None, True)
+        cudnn_path.gru_forward(GRUCall(x, hx, params, bias, L, False, None), True)

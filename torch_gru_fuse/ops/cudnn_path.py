@@ -8,52 +8,43 @@ With dropout the layers are separate calls, because the masks are given.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from torch_gru_fuse import torch_hooks
-from torch_gru_fuse.ops.schemas import empty_gru_results, split_reserve
+from torch_gru_fuse.ops.call import GRUCall
+from torch_gru_fuse.ops.schemas import split_reserve
 
 
-def _stacks(num_layers: int, separate: bool) -> list[tuple[int, int]]:
-    """(first layer, number of layers) of each call of cuDNN."""
-    return [(layer, 1) for layer in range(num_layers)] if separate else [(0, num_layers)]
+class _Stack(NamedTuple):
+    """The layers of one call of cuDNN."""
+
+    first: int
+    layers: int
+    reserve: Tensor  # the bytes that it may fill
 
 
-def _chunks(rest: Tensor, stacks: list[tuple[int, int]]) -> Iterator[Tensor]:
-    """The part of the reserve, as bytes, that each call of cuDNN may fill."""
+def _stacks(call: GRUCall, reserve: Tensor) -> tuple[Tensor, list[_Stack]]:
+    """The outputs of the inner layers [L-1, T, B, D*H], kept where layers are separate, and the calls of cuDNN."""
+    layer_outputs, rest = split_reserve(reserve, call.T, call.B, call.H, call.L, call.D)
+    if call.dropout_masks is None:  # one call, which keeps the outputs of inner layers itself
+        return layer_outputs, [_Stack(0, call.L, reserve.view(torch.uint8))]
     data = rest.view(torch.uint8)
-    size = data.numel() // len(stacks) // 16 * 16
-    for i in range(len(stacks)):
-        yield data[i * size : (i + 1) * size]
+    size = data.numel() // call.L // 16 * 16
+    return layer_outputs, [_Stack(i, 1, data[i * size : (i + 1) * size]) for i in range(call.L)]
 
 
-def gru_forward(
-    input: Tensor,
-    hx: Tensor,
-    params: list[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    bidirectional: bool,
-    dropout_masks: Tensor | None,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def gru_forward(call: GRUCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     assert save
-    D = 2 if bidirectional else 1
-    output, h_n, reserve = empty_gru_results(input, hx, num_layers, bidirectional, save)
-    layer_outputs, rest = split_reserve(reserve, *output.shape[:2], hx.shape[2], num_layers, D)
-    per_layer = len(params) // num_layers
-    stacks = _stacks(num_layers, dropout_masks is not None)
-    if len(stacks) == 1:
-        rest = reserve  # cuDNN keeps the outputs of the layers itself
-    x = input
-    for (first, count), chunk in zip(stacks, _chunks(rest, stacks), strict=True):
-        states = slice(first * D, (first + count) * D)
-        result = torch_hooks.cudnn_gru_forward(
-            x, hx[states], params[first * per_layer : (first + count) * per_layer], has_biases, count, bidirectional
-        )
+    output, h_n, reserve = call.empty_results(save)
+    layer_outputs, stacks = _stacks(call, reserve)
+    x = call.input
+    for first, layers, chunk in stacks:
+        states = call.states(first, layers)
+        params = call.params[call.places(states.start, layers * call.D)]
+        result = torch_hooks.cudnn_gru_forward(x, call.hx[states], params, call.has_biases, layers, call.bidirectional)
         output, h_n[states] = result.output, result.h_n
         size = result.reserve.numel()
         if size > chunk.numel():
@@ -62,43 +53,32 @@ def gru_forward(
                 f"{chunk.numel()} that are provided; set TORCH_GRU_FUSE_KERNELS=triton and report this"
             )
         chunk[:size].copy_(result.reserve)
-        if first + count < num_layers:
+        if first + layers < call.L:
             layer_outputs[first] = output
-            x = output * dropout_masks[first]
+            x = call.mask(output, first)
     return output, h_n, reserve
 
 
 def gru_backward(
+    call: GRUCall,
     grad_output: Tensor | None,
     grad_h_n: Tensor | None,
-    input: Tensor,
-    hx: Tensor,
-    params: list[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    bidirectional: bool,
-    dropout_masks: Tensor | None,
     output: Tensor,
     reserve: Tensor,
     needs: list[bool],
 ) -> list[Tensor]:
-    D = 2 if bidirectional else 1
-    layer_outputs, rest = split_reserve(reserve, *output.shape[:2], hx.shape[2], num_layers, D)
-    per_layer = len(params) // num_layers
-    stacks = _stacks(num_layers, dropout_masks is not None)
-    if len(stacks) == 1:
-        rest = reserve
-    grad, grad_hx = grad_output, torch.empty_like(hx, memory_format=torch.contiguous_format)
-    grad_params: list[Tensor | None] = [None] * len(params)
-    for (first, count), chunk in reversed(list(zip(stacks, _chunks(rest, stacks), strict=True))):
-        states = slice(first * D, (first + count) * D)
-        weights = slice(first * per_layer, (first + count) * per_layer)
-        x = input if first == 0 else layer_outputs[first - 1] * dropout_masks[first - 1]
-        out = output if first + count == num_layers else layer_outputs[first]
-        grad, grad_hx[states], grad_params[weights] = torch_hooks.cudnn_gru_backward(
-            grad, None if grad_h_n is None else grad_h_n[states], x, hx[states], params[weights], has_biases, count,
-            bidirectional, out, chunk.clone(), need_weights=any(needs[2:][weights]),
+    layer_outputs, stacks = _stacks(call, reserve)
+    grad, grad_hx = grad_output, call.hx.new_empty(call.hx.shape)
+    grad_params: list[Tensor | None] = [None] * len(call.params)
+    for first, layers, chunk in reversed(stacks):
+        states = call.states(first, layers)
+        places = call.places(states.start, layers * call.D)
+        out = output if first + layers == call.L else layer_outputs[first]
+        grad, grad_hx[states], grad_params[places] = torch_hooks.cudnn_gru_backward(
+            grad, None if grad_h_n is None else grad_h_n[states], call.layer_input(first, layer_outputs), call.hx[states],
+            call.params[places], call.has_biases, layers, call.bidirectional, out,
+            chunk.clone(), need_weights=any(needs[2:][places]),  # cuDNN writes into it
         )  # fmt: skip
         if first > 0:
-            grad = grad * dropout_masks[first - 1]
+            grad = call.mask(grad, first - 1)
     return [g.contiguous() for g, need in zip([grad, grad_hx, *grad_params], needs, strict=True) if need]

@@ -16,7 +16,8 @@ from torch_gru_fuse import torch_hooks
 from torch_gru_fuse.kernels.cell import cell_backward, cell_forward, cell_gates
 from torch_gru_fuse.kernels.step import sequence_backward, sequence_forward
 from torch_gru_fuse.ops import cudnn_path, torch_path
-from torch_gru_fuse.ops.schemas import empty_cell_results, empty_gru_results, saved_gates
+from torch_gru_fuse.ops.call import GRUCall
+from torch_gru_fuse.ops.schemas import empty_cell_results
 from torch_gru_fuse.ops.support import why_not_kernels
 from torch_gru_fuse.planner.plan import Plan, plan_gru, plan_gru_cell
 from torch_gru_fuse.planner.tiles import POINTWISE_TILE
@@ -24,26 +25,22 @@ from torch_gru_fuse.planner.tiles import POINTWISE_TILE
 log = logging.getLogger("torch_gru_fuse")
 
 
-def _split_params(params: list[Tensor], has_biases: bool, directions: int) -> list[tuple[list[Tensor], ...]]:
-    """For each layer the lists (w_ih, w_hh, b_ih, b_hh) with one tensor a direction."""
-    count = 4 if has_biases else 2
-    states = [params[i : i + count] for i in range(0, len(params), count)]
-    return [
-        tuple(map(list, zip(*states[i : i + directions], strict=True)))
-        for i in range(0, len(states), directions)
-    ]
-
-
-def _plan(input: Tensor, hx: Tensor, num_layers: int, directions: int, *, training: bool) -> Plan:
-    T, B, features = input.shape
+def _plan(call: GRUCall, *, training: bool) -> Plan:
+    sizes = (call.T, call.B, call.input.shape[2], call.H)
     plan = plan_gru(
-        T, B, features, hx.shape[2], num_layers, directions, str(input.dtype),
-        tf32_allowed=torch_hooks.rnn_allows_tf32(), training=training, cudnn=torch_hooks.cudnn_runs(input),
-        unsupported=why_not_kernels(input),
+        *sizes, call.L, call.D, str(call.input.dtype),
+        tf32_allowed=torch_hooks.rnn_allows_tf32(), training=training, cudnn=torch_hooks.cudnn_runs(call.input),
+        unsupported=why_not_kernels(call.input),
     )  # fmt: skip
     if log.isEnabledFor(logging.DEBUG):
-        log.debug("gru T=%d B=%d I=%d H=%d: %s, %s", T, B, features, hx.shape[2], plan.kernel, plan.reason)
+        log.debug("gru T=%d B=%d I=%d H=%d: %s, %s", *sizes, plan.kernel, plan.reason)
     return plan
+
+
+def _parameters(call: GRUCall, layer: int) -> tuple[list[Tensor] | None, ...]:
+    """w_ih, w_hh, b_ih, b_hh of a layer, each a list with one tensor a direction, or None for absent biases."""
+    states = [call.parameters(layer * call.D + d) for d in range(call.D)]
+    return tuple(None if kind[0] is None else list(kind) for kind in zip(*states, strict=True))
 
 
 def _products(plan: Plan, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
@@ -56,115 +53,88 @@ def _input_projection(rows: Tensor, weight: Tensor, out: Tensor) -> None:
     torch.mm(rows, weight.t(), out_dtype=torch.float32, out=out)
 
 
-def gru_forward(
-    input: Tensor,
-    hx: Tensor,
-    params: list[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    bidirectional: bool,
-    dropout_masks: Tensor | None,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    T, B, _ = input.shape
-    H = hx.shape[2]
-    D = 2 if bidirectional else 1
+def gru_forward(call: GRUCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    T, B, H, D = call.T, call.B, call.H, call.D
     if B == 0:
-        return empty_gru_results(input, hx, num_layers, bidirectional, save)
-    plan = _plan(input, hx, num_layers, D, training=save)
+        return call.empty_results(save)
+    plan = _plan(call, training=save)
     if plan.kernel == "torch":
-        path = cudnn_path if save and torch_hooks.cudnn_runs(input) else torch_path
-        return path.gru_forward(input, hx, params, has_biases, num_layers, bidirectional, dropout_masks, save)
-    output, h_n, reserve = empty_gru_results(input, hx, num_layers, bidirectional, save)
+        path = cudnn_path if save and torch_hooks.cudnn_runs(call.input) else torch_path
+        return path.gru_forward(call, save)
+    output, h_n, reserve = call.empty_results(save)
     if save:
-        layer_outputs, gates = saved_gates(reserve, T, B, H, num_layers, D)
+        layer_outputs, gates = call.saved_gates(reserve)
 
-    x = input
-    for layer, (w_ih, w_hh, *biases) in enumerate(_split_params(params, has_biases, D)):
-        b_ih, b_hh = biases or (None, None)
-        last = layer == num_layers - 1
+    x = call.input
+    for layer in range(call.L):
+        w_ih, w_hh, b_ih, b_hh = _parameters(call, layer)
+        last = layer == call.L - 1
         if last:
             out = output
         else:
             out = layer_outputs[layer] if save else torch.empty_like(output)
         gi = x.new_empty(D, T, B, 3 * H, dtype=torch.float32)
         rows = x.reshape(T * B, x.shape[2])
-        with _products(plan, input.dtype):
+        with _products(plan, x.dtype):
             for d in range(D):
                 _input_projection(rows, w_ih[d], gi[d].view(T * B, 3 * H))
         sequence_forward(
-            gi, hx[layer * D : (layer + 1) * D], w_hh, b_ih, b_hh, out,
-            gates[layer] if save else None, tile=plan.tile, tf32=plan.tf32,
-        )
+            gi, call.hx[call.states(layer)], w_hh, b_ih, b_hh, out, gates[layer] if save else None,
+            tile=plan.tile, tf32=plan.tf32,
+        )  # fmt: skip
         h_n[layer * D] = out[-1, :, :H]
         if D == 2:
             h_n[layer * D + 1] = out[0, :, H:]
-        x = out if last or dropout_masks is None else out * dropout_masks[layer]
+        if not last:
+            x = call.mask(out, layer)
     return output, h_n, reserve
 
 
 def gru_backward(
+    call: GRUCall,
     grad_output: Tensor | None,
     grad_h_n: Tensor | None,
-    input: Tensor,
-    hx: Tensor,
-    params: list[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    bidirectional: bool,
-    dropout_masks: Tensor | None,
     output: Tensor,
     reserve: Tensor,
     needs: list[bool],
 ) -> list[Tensor]:
-    T, B, _ = input.shape
-    H = hx.shape[2]
-    D = 2 if bidirectional else 1
+    T, B, H, D = call.T, call.B, call.H, call.D
     if B == 0:
-        return [t.new_zeros(t.shape) for t, need in zip([input, hx, *params], needs, strict=True) if need]
-    plan = _plan(input, hx, num_layers, D, training=True)
+        return [t.new_zeros(t.shape) for t, need in zip(call.tensors, needs, strict=True) if need]
+    plan = _plan(call, training=True)
     if plan.kernel == "torch":
-        path = cudnn_path if torch_hooks.cudnn_runs(input) else torch_path
-        return path.gru_backward(
-            grad_output, grad_h_n, input, hx, params, has_biases, num_layers, bidirectional, dropout_masks,
-            output, reserve, needs,
-        )  # fmt: skip
-    layer_outputs, gates = saved_gates(reserve, T, B, H, num_layers, D)
-    need_input, need_hx, *need_params = needs
-    grad_hx = hx.new_empty(hx.shape)
-    per_state = 4 if has_biases else 2
-    grad_params: list[Tensor | None] = [None] * len(params)
+        path = cudnn_path if torch_hooks.cudnn_runs(call.input) else torch_path
+        return path.gru_backward(call, grad_output, grad_h_n, output, reserve, needs)
+    layer_outputs, gates = call.saved_gates(reserve)
+    need_input, _, *need_params = needs
+    grad_hx = call.hx.new_empty(call.hx.shape)
+    grad_params: list[Tensor | None] = [None] * len(call.params)
 
     grad = grad_output
-    layers = _split_params(params, has_biases, D)
-    for layer in reversed(range(num_layers)):
-        w_ih, w_hh = layers[layer][:2]
-        states = slice(layer * D, (layer + 1) * D)
-        out = output if layer == num_layers - 1 else layer_outputs[layer]
+    for layer in reversed(range(call.L)):
+        w_ih, w_hh, _, _ = _parameters(call, layer)
+        states = call.states(layer)
+        out = output if layer == call.L - 1 else layer_outputs[layer]
         d_gates = torch.empty_like(gates[layer])
         sequence_backward(
-            grad, None if grad_h_n is None else grad_h_n[states], out, hx[states], w_hh,
+            grad, None if grad_h_n is None else grad_h_n[states], out, call.hx[states], w_hh,
             gates[layer], d_gates, grad_hx[states], tile=plan.tile, tf32=plan.tf32,
-        )
-        x = input if layer == 0 else layer_outputs[layer - 1]
-        if layer > 0 and dropout_masks is not None:
-            x = x * dropout_masks[layer - 1]
+        )  # fmt: skip
+        x = call.layer_input(layer, layer_outputs)
         rows = x.reshape(T * B, x.shape[2])
         grad = None
-        with _products(plan, input.dtype):
+        with _products(plan, x.dtype):
             for d in range(D):
-                first = (layer * D + d) * per_state
+                places = call.places(layer * D + d)
                 d_rows = d_gates[d].view(T * B, 4 * H)
-                grad_params[first : first + per_state] = _parameter_grads(
-                    d_rows, rows, hx[layer * D + d], out, d, need_params[first : first + per_state]
-                )
+                grad_params[places] = _parameter_grads(d_rows, rows, call.hx[layer * D + d], out, d, need_params[places])
                 if layer > 0 or need_input:
                     d_input = d_rows[:, H:]  # reset, update, candidate
                     grad = torch.mm(d_input, w_ih[d]) if grad is None else grad.addmm_(d_input, w_ih[d])
         if grad is not None:
             grad = grad.view(x.shape)
-            if layer > 0 and dropout_masks is not None:
-                grad = grad * dropout_masks[layer - 1]
+            if layer > 0:
+                grad = call.mask(grad, layer - 1)
     return [g for g, need in zip([grad, grad_hx, *grad_params], needs, strict=True) if need]
 
 
