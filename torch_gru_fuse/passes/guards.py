@@ -95,8 +95,8 @@ def dtype(target: str, node: Node) -> str | None:
 
 
 def profitable(target: str, node: Node) -> str | None:
-    # Inductor fuses the pointwise half of a cell; PyTorch's own cell, which the op runs on a CPU, does not.  Two cores, B=32,
-    # H=128: forward 115 and 160 us, with backward 397 and 833 us.
+    # Inductor fuses the pointwise half of a cell; PyTorch's own cell, which the op runs on a CPU, does not.  One thread, B=32,
+    # H=128: forward 120 and 150 us, with backward 398 and 823 us (docs/results/cpu.txt).
     if target == "gru_cell" and _tensors(target, node)[0].device.type == "cpu":
         return "on a CPU Inductor's own code for a cell is faster"
     return None
