@@ -23,7 +23,8 @@ from torch_gru_fuse.ops import support
 NAMESPACE = "torch_gru_fuse"
 library = torch.library.Library(NAMESPACE, "DEF")
 
-#: cuDNN's reserve exceeds its six values a unit and step by up to 368 bytes a layer (cuDNN 9.19, shapes of H = 1 to 4096).
+#: Beside six values a unit and step and the outputs of inner layers cuDNN keeps 256 to 284 bytes a call (cuDNN 9.19, H = 1 to
+#: 4096, docs/results/cell-h200.txt).
 CUDNN_EXTRA_BYTES = 1024
 
 # ---- gru ------------------------------------------------------------------------------

@@ -21,8 +21,9 @@ _BYTES = {"torch.float32": 4, "torch.float16": 2, "torch.bfloat16": 2}
 # float64 stays at 1e-6 where TF32 gives 3e-4 (H200, H = 3, 64, 128; from H = 256 on it is that of TF32).  Nor do we there.
 _NO_TF32_UP_TO_HIDDEN = 128
 # Forward and backward of T=128, B=1024, H=256: 4.6 ms and cuDNN in a CUDA graph 9.1 ms (tf32), 2.5 and 5.4 ms (fp16).  At
-# B=256, H=512 the two are equal, below that cuDNN is faster (H200).
-_STEP_TRAINS_FROM_BATCH, _STEP_TRAINS_UP_TO_HIDDEN = 512, 512
+# B=256, H=512 the two are equal, below that cuDNN is faster (H200, docs/results/step-h200.txt).  What lies between was not
+# measured and stays with cuDNN.
+_STEP_TRAINS_FROM_BATCH, _STEP_TRAINS_UP_TO_HIDDEN = 1024, 256
 # float32 products without TF32 run on FMA units, where our tiles reach a fifth of cuBLAS (H200, cell, B = H = 1024: 1.70 ms and
 # 0.37 ms): there PyTorch makes the products and a pointwise kernel the gates.
 
