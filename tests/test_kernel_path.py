@@ -1,22 +1,31 @@
 """What lies between the ops and the kernels, without a GPU: layers, directions, reserves, products, dropout.
 
-The kernels run in Triton's interpreter on CPU tensors; cuDNN is played by `torch.gru`.
+The kernels run in Triton's interpreter on CPU tensors, those for whole sequences as `emulated`; cuDNN is played by `torch.gru`.
 """
 
+import ctypes
+import logging
+from types import SimpleNamespace
+
+import emulated
 import interpreted
 import pytest
 import torch
 from problems import assert_same, cell_args, gru_args
 
-from torch_gru_fuse import equations, torch_hooks
-from torch_gru_fuse.ops import cudnn_path, kernel_path, schemas, support
+from torch_gru_fuse import check_errors, equations, torch_hooks
+from torch_gru_fuse.kernels import launch
+from torch_gru_fuse.ops import cudnn_path, kernel_path, schemas, support, timeouts, whole_path
 from torch_gru_fuse.ops.call import GRUCall
 from torch_gru_fuse.ops.schemas import reserve_size
+from torch_gru_fuse.planner.gpus import gpu_named
 from torch_gru_fuse.planner.plan import Plan
 from torch_gru_fuse.planner.tiles import POINTWISE_TILE, Tile
+from torch_gru_fuse.planner.whole_sequence import ResidentPlan, WavefrontPlan, WholeSequencePlan
 
 TILE = Tile(16, 16, 16, 1, 1)
 kernels = interpreted.load()
+prepare = interpreted.load("kernels.prepare")
 
 
 @pytest.fixture
@@ -28,11 +37,14 @@ def kernels_on_cpu(monkeypatch):
     monkeypatch.setattr(schemas, "reserve_size", lambda *a, cuda, bytes_each: cuda_size(*a, cuda=True, bytes_each=bytes_each))
     monkeypatch.setattr(support, "why_not_kernels", lambda tensor: None)
     monkeypatch.setattr(kernel_path, "why_not_kernels", lambda tensor: None)
+    monkeypatch.setattr(kernel_path, "gpu_of", lambda index: gpu_named("rtx4090"))
+    monkeypatch.setattr(kernel_path, "_plans", {})
     monkeypatch.setattr(kernel_path, "_input_projection", lambda rows, weight, out: torch.mm(rows, weight.t(), out=out))
 
 
-def plan(monkeypatch, kernel, tile=TILE):
-    chosen = Plan(kernel, tile, False, "test")
+def plan(monkeypatch, kernel, tile=TILE, whole=None):
+    chosen = Plan(kernel, tile, False, "test", whole)
+    kernel_path._plans.clear()
     monkeypatch.setattr(kernel_path, "plan_gru", lambda *_, **__: chosen)
     monkeypatch.setattr(kernel_path, "plan_gru_cell", lambda *_, **__: chosen)
 
@@ -153,3 +165,234 @@ def test_reserve_that_is_too_small_is_an_error(kernels_on_cpu, monkeypatch):
     x, hx, params, bias, L, *_ = gru_args(requires_grad=False)
     with pytest.raises(RuntimeError, match="cuDNN .* asks for .* bytes of reserve, .* set TORCH_GRU_FUSE_KERNELS=triton"):
         cudnn_path.gru_forward(GRUCall(x, hx, params, bias, L, False, None), True)
+
+
+# ---- whole sequences ----------------------------------------------------------------------------------------------------
+
+
+def emulated_launcher(kernel, device, constants, types):
+    """Runs a kernel for whole sequences, or what prepares it, at the addresses that it is given."""
+
+    def at(pointer, count):
+        memory = (ctypes.c_uint8 * (count * pointer.dtype.itemsize)).from_address(pointer.data_ptr())
+        return torch.frombuffer(memory, dtype=pointer.dtype)
+
+    def run_prepare(grid, a):
+        H, L, T, B = a["H"], a["LANES"], a["T"], a["B"]
+        a |= {"p_hx": at(a["p_hx"], L * B * a["HX"]), "p_out": at(a["p_out"], T * B * H * (1 + a["REVERSE"]))}
+        stack = L > 1 and not a["REVERSE"]
+        a |= {"p_below": at(a["p_below"], (L - 1) * T * B * H) if stack else a["p_out"], "p_h_n": at(a["p_h_n"], L * B * H)}
+        a |= {"p_h0": at(a["p_h0"], L * B * H) if a["STATES"] else a["p_hx"]}
+        a |= {"p_error": at(a["p_error"], 4), "p_host": at(a["p_host"], 1)}
+        prepare.prepare_kernel[grid](**a)
+
+    def run(grid, stream, values, aligned):
+        assert len(values) == len(types)
+        pointers = (launch.Launcher._pointer(v, t) for v, t in zip(values, types, strict=True))
+        arguments = dict(zip(kernel.arg_names, pointers, strict=False)) | constants
+        name = kernel.fn.__name__
+        if name == "prepare_kernel":
+            run_prepare(grid, arguments)
+        else:
+            module = getattr(emulated.EMULATED, name.removesuffix("_kernel"))
+            with emulated.one_thread():
+                emulated.run(getattr(module, name), grid, arguments)
+
+    return run
+
+
+@pytest.fixture
+def whole_on_cpu(kernels_on_cpu, monkeypatch):
+    """Kernels for whole sequences, too; yields what stands for the word that the GPU writes to."""
+    stream = SimpleNamespace(get_current_stream=lambda device: 0)
+    monkeypatch.setattr(whole_path, "driver", SimpleNamespace(active=stream))
+    monkeypatch.setattr(whole_path.launch, "launcher", emulated_launcher)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(kernel_path, "_refused", {})
+    word = torch.zeros(1, dtype=torch.int32)
+    monkeypatch.setitem(timeouts._words, -1, timeouts._Word(word, ctypes.c_int32.from_address(word.data_ptr())))
+    whole_path._recipes.clear()
+    yield word
+    whole_path._recipes.clear()
+
+
+SPREAD, RESIDENT = WavefrontPlan(16, 8, 2), ResidentPlan(32, 8, 2)
+WHOLE_CASES = [
+    pytest.param({"L": 1, "H": 32, "I": 5}, WholeSequencePlan(1, SPREAD), False, id="one layer"),
+    pytest.param({"L": 3, "H": 32}, WholeSequencePlan(3, SPREAD), False, id="stack"),
+    pytest.param({"L": 3, "H": 20}, WholeSequencePlan(3, SPREAD), False, id="stack, padded"),
+    pytest.param({"L": 3, "H": 32}, WholeSequencePlan(1, SPREAD), False, id="layer by layer"),
+    pytest.param({"L": 3, "H": 32}, WholeSequencePlan(1, SPREAD), True, id="dropout"),
+    pytest.param({"L": 2, "H": 20}, WholeSequencePlan(1, SPREAD), True, id="dropout, padded"),
+    pytest.param({"L": 2, "H": 32, "bidirectional": True}, WholeSequencePlan(2, SPREAD), True, id="two directions, dropout"),
+    pytest.param({"L": 2, "H": 20, "bidirectional": True}, WholeSequencePlan(2, SPREAD), True, id="two directions, padded"),
+    pytest.param({"L": 2, "H": 32, "bias": False}, WholeSequencePlan(2, SPREAD), False, id="no biases"),
+    pytest.param({"L": 1, "H": 32}, WholeSequencePlan(1, RESIDENT), False, id="resident"),
+    pytest.param({"L": 2, "H": 32}, WholeSequencePlan(2, RESIDENT), False, id="resident stack"),
+    pytest.param({"L": 2, "H": 20, "bias": False}, WholeSequencePlan(2, RESIDENT), False, id="resident stack, padded"),
+    pytest.param(
+        {"L": 2, "H": 20, "bidirectional": True}, WholeSequencePlan(2, RESIDENT), True, id="resident, two directions, padded"
+    ),
+]
+
+
+def whole_call(variant, dropout=False):
+    x, hx, params, bias, L, _, _, bidirectional, _ = gru_args(**variant, requires_grad=False)
+    size = (*x.shape[:2], hx.shape[2] * (1 + bidirectional))
+    masks = torch.bernoulli(torch.full((L - 1, *size), 0.5)) * 2 if dropout else None
+    return GRUCall(x, hx, params, bias, L, bidirectional, masks)
+
+
+@pytest.mark.parametrize("variant, whole, dropout", WHOLE_CASES)
+def test_whole_sequences(whole_on_cpu, monkeypatch, variant, whole, dropout):
+    plan(monkeypatch, "whole", whole=whole)
+    call = whole_call(variant, dropout)
+    call = call._replace(input=call.input.transpose(0, 1).contiguous().transpose(0, 1))  # as batch_first gives it
+    inference = kernel_path.gru_forward(call, False)
+    output, h_n, reserve = kernel_path.gru_forward(call, True)
+    assert inference[2].numel() == 0
+    assert reserve.shape == schemas.empty_gru_results(*call[:2], call.L, call.bidirectional, True)[2].shape
+    grads = torch.randn_like(output), torch.randn_like(h_n)
+    masks = call.dropout_masks
+    expected, expected_grads = reference(*call[:6], masks, grads)
+    assert_same([output, h_n], expected, 2e-3)  # operands are rounded to tf32
+    assert_same(inference[:2], expected, 2e-3)
+    gradients = kernel_path.gru_backward(call, *grads, output, reserve, [True] * (2 + len(call.params)))
+    assert_same(gradients, expected_grads, 4e-3)
+
+
+def test_parameters_need_not_be_contiguous(whole_on_cpu, monkeypatch):
+    plan(monkeypatch, "whole", whole=WholeSequencePlan(2, SPREAD))
+    call = whole_call({"L": 2, "H": 32})
+    expected = kernel_path.gru_forward(call, False)[:2]
+    strange = [p.t().contiguous().t() if p.dim() == 2 else p.repeat_interleave(2)[::2] for p in call.params]
+    strange = call._replace(params=strange, hx=call.hx.transpose(0, 1).contiguous().transpose(0, 1))
+    assert_same(kernel_path.gru_forward(strange, False)[:2], expected, 0)
+
+
+def test_inf_does_not_spread_through_padding(whole_on_cpu, monkeypatch):
+    """Inf in h0: what the equations give, though there are units whose weights are 0."""
+    for kernel in (SPREAD, RESIDENT):
+        plan(monkeypatch, "whole", whole=WholeSequencePlan(2, kernel))
+        call = whole_call({"L": 2, "H": 20})
+        call.hx[0, 1, 3] = float("inf")
+        expected = torch.gru(*call[:5], 0.0, False, False, False)
+        for ours, theirs in zip(kernel_path.gru_forward(call, False)[:2], expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3, equal_nan=True)
+
+
+def test_a_wait_that_ran_out_is_an_error(whole_on_cpu, monkeypatch):
+    monkeypatch.setattr(emulated, "SETTLE_SECONDS", 0.2)
+    monkeypatch.setattr(whole_path, "missing_programs", 1)
+    monkeypatch.setenv("TORCH_GRU_FUSE_TIMEOUT_S", "2.5")
+    plan(monkeypatch, "whole", whole=WholeSequencePlan(2, SPREAD))
+    call = whole_call({"L": 2, "H": 32})
+    output, h_n, _ = kernel_path.gru_forward(call, False)
+    assert output[1:].isnan().all() and h_n[1].isnan().all()
+    with pytest.raises(RuntimeError) as error:
+        timeouts.check(-1)
+    for part in (
+        "torch_gru_fuse.gru: the wavefront kernel gave up", "2.5 s", "T=5, B=3, I=4, H=32, num_layers=2", "float32",
+        "WavefrontPlan(units=16", "TORCH_GRU_FUSE_KERNELS=torch", "TORCH_GRU_FUSE_TIMEOUT_S", "NaN",
+    ):  # fmt: skip
+        assert part in str(error.value)
+    timeouts.check(-1)  # once
+    monkeypatch.setattr(whole_path, "missing_programs", 0)
+    expected = torch.gru(*call[:5], 0.0, False, False, False)
+    assert_same(kernel_path.gru_forward(call, False)[:2], list(expected), 2e-3)
+    timeouts.check(-1)
+
+
+def test_errors_are_raised_by_synchronizing(whole_on_cpu, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: calls.append(device))
+    monkeypatch.setattr(torch_hooks, "_after_synchronize", [])
+    torch_hooks.after_synchronize(timeouts._check_all)
+    torch_hooks.after_synchronize(lambda: None)
+    launch_id = timeouts.id_of(timeouts.Call("gru", "T=1", "wavefront", "a plan", 10**9))
+    assert launch_id == timeouts.id_of(timeouts.Call("gru", "T=1", "wavefront", "a plan", 10**9))
+    torch.cuda.synchronize(3)
+    assert calls == [3]
+    for check in (torch.cuda.synchronize, check_errors):
+        whole_on_cpu.fill_(launch_id)
+        with pytest.raises(RuntimeError, match="the wavefront kernel gave up on cuda:-1.*waited 1 s.*Sizes: T=1. Plan: a plan"):
+            check()
+        assert whole_on_cpu == 0
+    check_errors()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    whole_on_cpu.fill_(launch_id)
+    timeouts.check(-1)  # an exception would spoil the graph
+    assert whole_on_cpu == launch_id
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "soon", "inf", "nan", ""])
+def test_time_limits_that_make_no_sense(monkeypatch, text):
+    monkeypatch.setenv("TORCH_GRU_FUSE_TIMEOUT_S", text)
+    with pytest.raises(ValueError, match=f"TORCH_GRU_FUSE_TIMEOUT_S is '{text}', expected a number of seconds"):
+        timeouts.timeout_ns()
+
+
+@pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize("cudnn", [False, True])
+def test_launch_that_does_not_fit(whole_on_cpu, monkeypatch, caplog, save, cudnn):
+    """Fewer programs on the GPU than planned: another kernel runs, now and from then on, and that is said once."""
+    tried = []
+
+    def refusing(*args):
+        def run(grid, *rest):
+            tried.append(grid)
+            raise launch.DoesNotFit("too many blocks in cooperative launch")
+
+        return run
+
+    monkeypatch.setattr(whole_path.launch, "launcher", refusing)
+    monkeypatch.setattr(torch_hooks, "cudnn_runs", lambda tensor: cudnn)
+    whole = WholeSequencePlan(2, SPREAD)
+    plan(monkeypatch, "whole", whole=whole)
+    call = whole_call({"L": 2, "H": 32})
+    grads = torch.randn(5, 3, 32), None
+    expected, expected_grads = reference(*call[:6], None, grads)
+    with caplog.at_level(logging.WARNING, logger="torch_gru_fuse"):
+        for _ in range(2):
+            output, h_n, reserve = kernel_path.gru_forward(call, save)
+            assert_same([output, h_n], expected, 2e-6)
+            if save:
+                gradients = kernel_path.gru_backward(call, *grads, output, reserve, [True] * (2 + len(call.params)))
+                assert_same(gradients, expected_grads, 5e-6)
+    assert len(tried) == 1
+    assert [r.message for r in caplog.records] == [
+        "torch_gru_fuse.gru: whole sequences in one launch do not fit, another kernel runs: "
+        f"too many blocks in cooperative launch (cuda:-1, {whole})"
+    ]
+
+
+def test_backward_knows_what_made_the_reserve(whole_on_cpu, monkeypatch):
+    """Settings changed between forward and backward; cuDNN's reserve is not ours."""
+    monkeypatch.setattr(torch_hooks, "cudnn_gru_forward", cudnn_forward)
+    monkeypatch.setattr(torch_hooks, "cudnn_gru_backward", cudnn_backward)
+    monkeypatch.setattr(torch_hooks, "cudnn_runs", lambda tensor: True)
+    call = whole_call({"L": 2, "H": 32})
+    grads = torch.randn(5, 3, 32), None
+    _, expected = reference(*call[:6], None, grads)
+    needs = [True] * (2 + len(call.params))
+    for forward, backward in (("step", "torch"), ("torch", "step"), ("torch", "whole"), ("whole", "torch")):
+        plan(monkeypatch, forward, whole=WholeSequencePlan(2, SPREAD))
+        output, _, reserve = kernel_path.gru_forward(call, True)
+        plan(monkeypatch, backward, whole=WholeSequencePlan(2, SPREAD))
+        for _ in range(2):
+            assert_same(kernel_path.gru_backward(call, *grads, output, reserve, needs), expected, 4e-3)
+    # a copy is not known: the plan of now decides
+    copy = reserve.clone()
+    assert kernel_path._made_by.get(reserve) is not None and kernel_path._made_by.get(copy) is None
+    plan(monkeypatch, "step")
+    assert_same(kernel_path.gru_backward(call, *grads, output, copy, needs), expected, 4e-3)
+
+
+def test_storage_table_forgets():
+    table = torch_hooks.StorageTable()
+    kept = torch.empty(3)
+    table.put(kept, "kept")
+    for i in range(1000):
+        table.put(torch.empty(3), i)
+    assert table.get(kept) == table.get(kept[1:]) == "kept" and table.get(torch.empty(3)) is None
+    assert len(table._entries) <= 64

@@ -103,3 +103,11 @@ def test_steps_and_batch_take_no_part_in_the_choice_of_code():
         assert free == {"s", "T", "B"}
     for kernel in (aot.cell.cell_forward_kernel, aot.cell.cell_backward_kernel):
         assert {parameter.name for parameter in kernel.params if parameter.do_not_specialize} == {"B"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lanes, hidden, reverse, states", [(6, 256, False, True), (2, 100, True, True), (2, 64, False, False)])
+def test_prepare(dtype, lanes, hidden, reverse, states):
+    resources = aot.compile_prepare(dtype, lanes=lanes, hidden=hidden, reverse=reverse, states=states)
+    assert_fits(resources)
+    assert "st.global.v4.b32" in resources.ptx  # fills 16 bytes at a time: bound by memory bandwidth

@@ -2,13 +2,16 @@
 
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import pytest
 
-from torch_gru_fuse.planner.plan import plan_gru, plan_gru_cell
+from torch_gru_fuse.planner import plan as plan_module
+from torch_gru_fuse.planner.gpus import GPUS
+from torch_gru_fuse.planner.plan import plan_gru, plan_gru_cell, uses_tf32, whole_sequence_is_faster
 from torch_gru_fuse.planner.tiles import Tile
+from torch_gru_fuse.planner.whole_sequence import WholeSequencePlan
 
 FLAGS = {"tf32_allowed": True, "training": False, "cudnn": True}
 
@@ -47,14 +50,16 @@ def test_reason_of_an_unsupported_call_is_kept():
 
 
 def test_choice_of_the_user(choose):
-    choose("triton")
-    assert gru().kernel == "step" and gru(training=True).kernel == "step"
-    assert cell(tf32_allowed=False).kernel == "cell"
+    for value in ("triton", "step"):
+        choose(value)
+        assert gru().kernel == "step" and gru(training=True).kernel == "step"
+        assert cell(tf32_allowed=False).kernel == "cell"
     choose("torch")
     assert gru(T=128, B=1024, I=256, L=1, training=True).kernel == "torch"
+    assert gru(gpu=H200).kernel == "torch"
     assert cell(dtype="torch.float16").kernel == "torch"
     choose("fast")
-    with pytest.raises(ValueError, match="TORCH_GRU_FUSE_KERNELS is 'fast', expected one of 'auto', 'triton', 'torch'"):
+    with pytest.raises(ValueError, match="TORCH_GRU_FUSE_KERNELS is 'fast', expected one of 'auto', 'triton', 'step', 'torch'"):
         gru()
 
 
@@ -69,7 +74,104 @@ def test_cell():
     assert plan.kernel == "gates" and not plan.tf32 and "cuBLAS" in plan.reason
 
 
-@pytest.mark.parametrize("hidden, tf32", [(64, False), (128, False), (129, True), (256, True)])
+# ---- whole sequences ----------------------------------------------------------------------------------------------------
+
+H200 = GPUS["h200"]
+
+
+def test_whole_sequences_where_they_were_measured_to_be_faster():
+    for dtype in ("torch.float32", "torch.float16", "torch.bfloat16"):
+        plan = gru(dtype=dtype, gpu=H200)
+        assert plan.kernel == "whole" and isinstance(plan.whole, WholeSequencePlan) and "faster" in plan.reason
+        assert plan.whole.lanes == 6 and plan.tf32 == (dtype == "torch.float32")
+        assert gru(D=2, dtype=dtype, gpu=H200).whole.lanes == 2
+        for few in (1, 2, 3):
+            assert gru(T=few, dtype=dtype, gpu=H200).kernel == "torch"
+    assert gru(H=250, dtype="torch.float16", gpu=H200).kernel == "torch"  # padded: not measured
+
+
+def test_training_waits_for_its_backward(choose):
+    assert gru(gpu=H200, training=True).kernel == "torch"
+    assert gru(T=128, B=1024, I=256, L=1, training=True, gpu=H200).kernel == "step"
+    choose("triton")
+    plan = gru(gpu=H200, training=True)
+    assert plan.kernel == "whole" and plan.tile == gru(training=True).tile  # of the backward's kernel
+
+
+def test_masks_come_between_the_layers(choose):
+    choose("triton")
+    assert gru(dtype="torch.float16", gpu=H200, dropout=True).whole.lanes == 1
+    assert gru(dtype="torch.float16", gpu=H200, dropout=True, D=2).whole.lanes == 2
+
+
+@pytest.mark.parametrize("value, kernel", [("triton", "whole"), ("step", "step"), ("torch", "torch"), ("auto", "whole")])
+def test_choice_of_the_user_with_whole_sequences(choose, value, kernel):
+    choose(value)
+    assert gru(dtype="torch.float16", gpu=H200).kernel == kernel
+    assert gru(dtype="torch.float16", gpu=H200, cudnn=False).kernel == ("step" if value in ("step", "torch") else "whole")
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"gpu": None}, "no GPU"),
+        ({"tf32_allowed": False}, "need TF32"),
+        ({"dtype": "torch.float32", "H": 8}, "need TF32"),
+        ({"gpu": replace(H200, capability=(7, 5))}, "compute capability 7.5"),
+        ({"B": 10**6, "H": 2048, "dtype": "torch.float16"}, "32-bit offsets"),
+        ({"H": 8192, "B": 64, "dtype": "torch.float16"}, "H = 8192"),
+        ({"T": 2}, "as far as was measured"),
+    ],
+)
+def test_why_no_whole_sequences(choose, options, reason):
+    plan = gru(**{"gpu": H200, **options})
+    assert plan.kernel == "torch" and reason in plan.reason
+    choose("triton")
+    assert gru(**{"gpu": H200, **options}).kernel == ("whole" if "T" in options else "step")
+
+
+def test_one_time_step_streams(choose):
+    """One launch a layer, in exact float32 also where TF32 is allowed."""
+    for dtype in ("torch.float32", "torch.float16"):
+        plan = gru(T=1, B=1, I=512, H=512, L=2, dtype=dtype, gpu=H200)
+        assert plan.kernel == "stream" and plan.stream is not None and not plan.tf32
+        assert gru(T=1, B=1, I=512, H=512, L=2, dtype=dtype, gpu=H200, training=True).kernel != "stream"
+        assert gru(T=1, B=1, I=512, H=512, L=2, D=2, dtype=dtype, gpu=H200).kernel != "stream"
+    choose("step")
+    assert gru(T=1, B=1, I=512, H=512, L=2, dtype="torch.float16", gpu=H200).kernel == "step"
+
+
+def test_one_small_layer_called_by_itself():
+    """cuDNN has one kernel for it, and fewer calls to make; a CUDA graph makes them for nothing."""
+    short, long = (dict(T=T, B=8, I=64, H=64, L=1, dtype="torch.float16", gpu=H200) for T in (4, 200))
+    assert gru(**short).kernel == "whole" and gru(**short, captured=False).kernel == "torch"
+    assert gru(**long, captured=False).kernel == "whole"
+    assert gru(**{**short, "L": 2}, captured=False).kernel == "whole"
+
+
+@pytest.mark.parametrize(("dtype", "block_k"), [("torch.float32", 64), ("torch.float16", 64)])
+def test_weights_larger_than_l2_take_a_launch_a_step(dtype, block_k):
+    plan = gru(T=64, B=16, I=1024, H=4096, L=1, dtype=dtype, gpu=H200)
+    assert plan.kernel == "step" and plan.tile.block_k == block_k and plan.tile.num_stages == 6
+    small = gru(T=64, B=16, I=1024, H=4096, L=1, dtype=dtype, gpu=GPUS["rtx4090"]).tile
+    assert small.block_k == (32 if dtype == "torch.float32" else 64)
+    assert gru(T=64, B=16, I=1024, H=4096, L=1, dtype=dtype, gpu=H200, training=True).kernel == "torch"
+
+
+def test_thresholds_are_in_one_place(choose, monkeypatch):
+    """The planner asks these two functions and no one else."""
+    plan_module._plan_gru.cache_clear()
+    monkeypatch.setattr(plan_module, "whole_sequence_is_faster", lambda *sizes, training, captured: training)
+    monkeypatch.setattr(plan_module, "uses_tf32", lambda T, B, H, *, training: True)
+    assert gru(gpu=H200).kernel == "torch" and gru(gpu=H200, training=True).kernel == "whole"
+    assert gru(H=64, gpu=H200, training=True).tf32
+    plan_module._plan_gru.cache_clear()
+    assert not uses_tf32(200, 64, 64, training=False) or uses_tf32(200, 64, 256, training=False)
+    plan = gru(gpu=H200, training=True).whole
+    assert whole_sequence_is_faster(plan, 512, 10, 256, 6, 1, 2, training=False)
+
+
+@pytest.mark.parametrize("hidden, tf32", [(3, False), (8, False), (16, True), (18, False), (64, True), (256, True)])
 def test_tf32_only_where_cudnn_uses_it(choose, hidden, tf32):
     choose("triton")
     assert gru(H=hidden).tf32 == tf32

@@ -432,6 +432,7 @@ def samples():
     for info in module_db:
         if info.module_cls in (nn.GRU, nn.GRUCell):
             options = {"device": "cpu", "dtype": torch.float32, "requires_grad": True, "training": False}
+            torch.manual_seed(0)  # the same in every run, and in every process of one
             for i, sample in enumerate(info.module_inputs_func(info, **options)):
                 yield pytest.param(info.module_cls, sample, id=f"{info.name}-{i}")
 

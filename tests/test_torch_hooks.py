@@ -161,3 +161,65 @@ def test_source_hash_changes_with_the_sources(tmp_path):
         return torch_hooks.source_hash(folder)
 
     assert package("a", "x = 1") == package("b", "x = 1") != package("c", "x = 2")
+
+
+def test_what_stands_between_a_call_and_its_device():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    seen = []
+
+    def look(x):
+        seen.append(torch_hooks.nothing_intercepts())
+        return x + 1
+
+    x = torch.ones(3)
+    look(x)
+    with FakeTensorMode():
+        look(torch.ones(3))
+    torch.vmap(look)(x)
+    torch.func.grad(lambda t: look(t).sum())(x)
+    torch.func.jvp(look, (x,), (x,))
+    make_fx(look)(x)
+    torch.jit.trace(look, x, check_trace=False)
+    look(x)
+    assert seen == [True, *[False] * 6, True]
+
+
+def test_storage_table():
+    table = torch_hooks.StorageTable()
+    tensor = torch.ones(4)
+    table.put(tensor, "a")
+    assert table.get(tensor) == table.get(tensor.view(2, 2)) == table.get(tensor.detach()) == "a"
+    assert table.get(tensor.clone()) is None
+    table.put(tensor, "b")
+    assert table.get(tensor) == "b"
+
+
+@pytest.mark.parametrize("allow", [True, False])
+@pytest.mark.parametrize("legacy", ["highest", "high", None], ids=str)
+def test_precision_of_products_is_restored(allow, legacy):
+    def state():
+        try:
+            old = torch.get_float32_matmul_precision()
+        except RuntimeError:
+            old = None
+        return torch.backends.cuda.matmul.fp32_precision, old
+
+    before = state()
+    try:
+        if legacy is None:
+            torch.backends.cuda.matmul.fp32_precision = "tf32"  # alone: the two interfaces disagree
+        else:
+            torch.set_float32_matmul_precision(legacy)
+        set_ = state()
+        with contextlib.suppress(KeyError), torch_hooks.matmul_tf32(allow):
+            assert torch_hooks.matmul_allows_tf32() == allow
+            with torch_hooks.matmul_tf32(allow):
+                assert torch_hooks.matmul_allows_tf32() == allow
+            raise KeyError
+        assert state() == set_
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.fp32_precision = before[0]

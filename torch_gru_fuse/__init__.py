@@ -8,8 +8,9 @@ Importing the package registers the ops `torch.ops.torch_gru_fuse.*` and changes
 """
 
 from torch_gru_fuse import functional
+from torch_gru_fuse.ops.timeouts import check_errors
 from torch_gru_fuse.passes.rewrite import Rewrite, clear_rewrites, rewrites
 from torch_gru_fuse.switch import disable, enable, is_enabled
 
 __version__ = "0.1.0"
-__all__ = ["Rewrite", "clear_rewrites", "disable", "enable", "functional", "is_enabled", "rewrites"]
+__all__ = ["Rewrite", "check_errors", "clear_rewrites", "disable", "enable", "functional", "is_enabled", "rewrites"]

@@ -8,9 +8,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from torch_gru_fuse.tools import bench, demo, plan
+from torch_gru_fuse.tools import bench, demo, plan, tune
 
-COMMANDS = {"demo": demo, "plan": plan, "bench": bench}
+COMMANDS = {"demo": demo, "plan": plan, "bench": bench, "tune": tune}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,12 +14,13 @@ import contextlib
 import functools
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 # ---------------------------------------------------------------------------------------
 # Dispatcher
@@ -42,6 +43,17 @@ def apply_single_level(function: type, *args: Any) -> Any:
 
     with enable_single_level_autograd_function():
         return function.apply(*args)
+
+
+def nothing_intercepts() -> bool:
+    """Whether a call of an op on plain tensors goes straight to their device, or to autograd: no mode (fake tensors, tracing,
+    counting), no `torch.func` transform, no forward-mode AD, no TorchScript tracer."""
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
+    )
 
 
 def has_forward_tangent(tensors: Iterable[Tensor | None]) -> bool:
@@ -70,25 +82,29 @@ def below_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
 # ---------------------------------------------------------------------------------------
 
 
+# What the attributes `fp32_precision` of torch.backends read and set; asking them takes ten times as long.
+_fp32_precision = torch._C._get_fp32_precision_getter
+_set_fp32_precision = torch._C._set_fp32_precision_setter
+
+
 def rnn_allows_tf32() -> bool:
     """Whether cuDNN's RNNs may use TF32 for float32.
 
     Both ways to say so end in this flag: `torch.backends.cudnn.allow_tf32` and
     `torch.backends.cudnn.rnn.fp32_precision` (with the more general `fp32_precision` flags).
     """
-    return torch.backends.cudnn.rnn.fp32_precision == "tf32"
+    return _fp32_precision("cuda", "rnn") == "tf32"
 
 
 def matmul_allows_tf32() -> bool:
     """Whether cuBLAS may use TF32 for float32; this is the flag that `torch.gru_cell` obeys."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return _fp32_precision("cuda", "matmul") == "tf32"
 
 
 _precision_lock = threading.Lock()
 
 
-@contextlib.contextmanager
-def matmul_tf32(allow: bool) -> Iterator[None]:
+class matmul_tf32:  # a context manager by hand: contextlib's takes twice the time, and every float32 call may need one
     """Run float32 matrix products with TF32 allowed or not, whatever the global flag says.
 
     `torch.gru` obeys cuDNN's RNN flag for all its products, torch's own matrix products obey
@@ -96,25 +112,38 @@ def matmul_tf32(allow: bool) -> Iterator[None]:
     half precision callers and for most float32 ones, nothing is touched; otherwise it is
     set and restored under a lock.
     """
-    if matmul_allows_tf32() == allow:
-        yield
-        return
-    with _precision_lock:
-        new_style = torch.backends.cuda.matmul.fp32_precision
+    __slots__ = ("_allow", "_before")
+
+    def __init__(self, allow: bool):
+        self._allow = allow
+        self._before: tuple[str, str | None] | None = None
+
+    def __enter__(self) -> None:
+        precision = _fp32_precision("cuda", "matmul")
+        if (precision == "tf32") == self._allow:
+            return
+        _precision_lock.acquire()
         try:
             legacy = torch.get_float32_matmul_precision()
         except RuntimeError:  # the two flags disagree: the user set the new one alone
             legacy = None
+        self._before = precision, legacy
         if legacy is None:
-            torch.backends.cuda.matmul.fp32_precision = "tf32" if allow else "ieee"
+            _set_fp32_precision("cuda", "matmul", "tf32" if self._allow else "ieee")
         else:  # sets both flags, so that they still agree
-            torch.set_float32_matmul_precision("high" if allow else "highest")
+            torch.set_float32_matmul_precision("high" if self._allow else "highest")
+
+    def __exit__(self, *exception: object) -> None:
+        if self._before is None:
+            return
+        precision, legacy = self._before
+        self._before = None
         try:
-            yield
-        finally:
             if legacy is not None:
                 torch.set_float32_matmul_precision(legacy)
-            torch.backends.cuda.matmul.fp32_precision = new_style
+            _set_fp32_precision("cuda", "matmul", precision)
+        finally:
+            _precision_lock.release()
 
 
 # ---------------------------------------------------------------------------------------
@@ -133,11 +162,14 @@ class CudnnGRU(NamedTuple):
 def cudnn_runs(tensor: Tensor) -> bool:
     """Whether `torch.gru` uses cuDNN for tensors like this one (torch's own `is_acceptable` does not know bfloat16)."""
     return (
-        tensor.device.type == "cuda"
+        tensor.is_cuda
         and tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
         and torch.backends.cudnn.enabled
-        and torch.backends.cudnn.is_available()
+        and _built_with_cudnn()
     )
+
+
+_built_with_cudnn = functools.cache(torch.backends.cudnn.is_available)
 
 
 @functools.lru_cache(maxsize=256)
@@ -213,6 +245,51 @@ def cudnn_gru_backward(
     )  # fmt: skip
     # cuDNN's weight gradients are views of one buffer; outputs of an op must not share memory.
     return d_x, d_hx, [d.clone() for d in d_params] if need_weights else [None] * len(params)
+
+
+# ---------------------------------------------------------------------------------------
+# CUDA
+# ---------------------------------------------------------------------------------------
+
+
+def after_synchronize(callback: Callable[[], None]) -> None:
+    """From now on `torch.cuda.synchronize` ends by calling `callback`, which may raise; other callbacks stay."""
+    _after_synchronize.append(callback)
+    if len(_after_synchronize) > 1:
+        return
+    original = torch.cuda.synchronize
+
+    @functools.wraps(original)
+    def synchronize(device: Any = None) -> None:
+        original(device)
+        if not torch.compiler.is_compiling():
+            for function in _after_synchronize:
+                function()
+
+    torch.cuda.synchronize = synchronize
+
+
+_after_synchronize: list[Callable[[], None]] = []
+
+
+class StorageTable:
+    """Values attached to the storages of tensors, for as long as these live."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int, tuple[Any, Any]] = {}  # by address of the storage: weak reference, value
+        self._purge_at = 64
+
+    def put(self, tensor: Tensor, value: Any) -> None:
+        # The weak reference keeps the address from being used again.
+        storage = tensor.untyped_storage()
+        if len(self._entries) >= self._purge_at:
+            self._entries = {key: entry for key, entry in self._entries.items() if not entry[0].expired()}
+            self._purge_at = max(64, 2 * len(self._entries))
+        self._entries[storage._cdata] = StorageWeakRef(storage), value
+
+    def get(self, tensor: Tensor) -> Any | None:
+        entry = self._entries.get(tensor.untyped_storage()._cdata)
+        return None if entry is None or entry[0].expired() else entry[1]
 
 
 # ---------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
-from . import cell, resident, step, wavefront
+from . import cell, prepare, resident, staged, step, wavefront
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ..planner.tiles import Tile
     from ..planner.whole_sequence import WholeSequencePlan
 
-_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
+_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"}
 _TOOLS = Path(nvidia.__file__).parent / "bin"
 
 
@@ -48,23 +48,25 @@ class Resources:
 
 def compile_kernel(
     kernel: triton.JITFunction,
-    signature: Mapping[str, str],
+    signature: Mapping[str, str | tuple[str, ...]],
     constexprs: Mapping[str, Any],
     *,
     capability: int,
     num_warps: int,
     num_stages: int | None = None,
     maxnreg: int | None = None,
-    divisible_by_16: Collection[str] = (),
+    divisible_by_16: Collection[str | tuple[str, int]] = (),
 ) -> Resources:
     """Compiles a kernel of Triton or Gluon for compute capability 80, 89, 90, ...; nothing is loaded or run.
 
-    signature: Triton's type of each argument that is not in ``constexprs`` ("*fp16", "i32").
+    signature: Triton's type of each argument that is not in ``constexprs`` ("*fp16", "i32"), a tuple of types for a tuple.
     num_stages, maxnreg: pipelining and the bound on registers of a thread; None: Triton's default, or no bound.
-    divisible_by_16: arguments with this property.  Pointers of PyTorch tensors have it; without it loads come out scalar.
+    divisible_by_16: arguments with this property, or (argument, place in the tuple).  Pointers of PyTorch tensors have it;
+    without it loads come out scalar.
     """
     types = {name: "constexpr" if name in constexprs else signature[name] for name in kernel.arg_names}
-    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible_by_16}
+    paths = [(name,) if isinstance(name, str) else name for name in divisible_by_16]
+    attributes = {(kernel.arg_names.index(name), *place): [["tt.divisibility", 16]] for name, *place in paths}
     source = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
     options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
     compiled = triton.compile(
@@ -91,8 +93,11 @@ def compile_launch(kernel: triton.JITFunction, arguments: Mapping[str, Any], *, 
             constexprs[name] = value
         elif isinstance(value, torch.Tensor):
             signature[name] = _TYPES[value.dtype]
-            if specialize and value.storage_offset() * value.element_size() % 16 == 0:
+            if specialize and _aligned(value):
                 divisible.append(name)
+        elif isinstance(value, tuple):
+            signature[name] = tuple(_TYPES[v.dtype] for v in value)
+            divisible += [(name, i) for i, v in enumerate(value) if specialize and _aligned(v)]
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if specialize and not parameter.do_not_specialize_on_alignment and value % 16 == 0:
@@ -107,6 +112,10 @@ def compile_launch(kernel: triton.JITFunction, arguments: Mapping[str, Any], *, 
         maxnreg=arguments.get("maxnreg"),
         divisible_by_16=divisible,
     )
+
+
+def _aligned(tensor: torch.Tensor) -> bool:
+    return tensor.storage_offset() * tensor.element_size() % 16 == 0
 
 
 def compile_cell_forward(
@@ -208,26 +217,48 @@ def compile_whole_sequence(
     hidden: int,
     reverse: bool = False,
     steps: int = 16,
+    bias: bool = True,
     save_gates: bool = False,
     capability: int = 89,
 ) -> Resources:
-    """One launch of `whole_sequence_forward` with that plan: a stack, a layer, or, if ``reverse``, both directions of one.
+    """One launch of a plan: a stack, a layer, or, if ``reverse``, both directions of one.
 
-    hidden: any; it is padded as there.  steps: not part of the code, unless offsets of the sequence exceed 31 bits.
+    hidden: any; it is padded as there.  steps, batch: not part of the code.
     """
     new = functools.partial(torch.empty, dtype=dtype, device="meta")
     lanes, padded = plan.lanes, -(-hidden // 16) * 16
     stack = lanes > 1 and not reverse
-    launch = resident.resident_launch if plan.kernel.name == "resident" else wavefront.wavefront_launch
-    kernel = resident.resident_kernel if plan.kernel.name == "resident" else wavefront.wavefront_kernel
+    resident_plan = plan.kernel.name == "resident"
+    launch, kernel = {
+        "resident": (resident.resident_launch, resident.resident_kernel),
+        "wavefront": (wavefront.wavefront_launch, wavefront.wavefront_kernel),
+        "staged": (staged.staged_launch, staged.staged_kernel),
+    }[plan.kernel.name]
+    w, b = new(3 * padded, padded), new(3 * padded)
     _, arguments = launch(
-        new(steps, batch, (2 if reverse else 1) * 3 * padded),
-        new(steps + 2, batch, 2 * padded) if reverse else new(lanes, steps + 1, batch, padded),
-        new(lanes - 1, 3 * padded, padded) if stack else None, new(lanes, 3 * padded, padded),
-        new(lanes, 4 * padded, dtype=torch.float32), new(lanes, steps, batch, 4, padded) if save_gates else None,
-        new(1, dtype=torch.int32), plan=plan.kernel,
+        new(*((2,) if reverse else ()), steps, batch, 3 * padded),
+        new(batch, 2 * padded) if reverse and not resident_plan else new(lanes, batch, padded),
+        new(lanes - 1, steps, batch, padded) if stack else None,
+        [w] * (lanes - 1 if stack else 0), [w] * lanes, [b] * lanes if bias else None, [b] * lanes if bias else None,
+        new(steps, batch, (2 if reverse else 1) * padded), new(lanes, batch, padded),
+        new(lanes, steps, batch, 4, padded) if save_gates else None,
+        new(4, dtype=torch.int64), plan=plan.kernel, units=hidden,
     )  # fmt: skip
     return compile_launch(kernel, arguments, capability=capability)
+
+
+def compile_prepare(
+    dtype: torch.dtype, *, lanes: int, hidden: int, reverse: bool = False, states: bool = True, capability: int = 89
+) -> Resources:
+    """`prepare_kernel`; hidden: any."""
+    new = functools.partial(torch.empty, dtype=dtype, device="meta")
+    steps, batch, padded = 3, 5, -(-hidden // 16) * 16
+    _, arguments = prepare.prepare_launch(
+        new(lanes, batch, hidden), new(1, dtype=torch.int32), 7, new(steps, batch, (2 if reverse else 1) * padded),
+        new(lanes - 1, steps, batch, padded), new(lanes, batch, padded) if states else None, new(lanes, batch, padded),
+        new(4, dtype=torch.int64), reverse=reverse,
+    )  # fmt: skip
+    return compile_launch(prepare.prepare_kernel, arguments, capability=capability)
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:

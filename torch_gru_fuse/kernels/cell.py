@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .gates import gru_gates, gru_gates_backward, project
+from .launch import launch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -249,7 +250,7 @@ def cell_gates(
 ) -> None:  # fmt: skip
     """Fills out [B, H] and, if given, gates [B, 4, H] = (r, z, n, hn) from the projections gi, gh [B, 3H] without biases."""
     grid, arguments = cell_gates_launch(gi, gh, h, b_ih, b_hh, out, gates, tile=tile)
-    cell_gates_kernel[grid](**arguments)
+    launch(cell_gates_kernel, grid, arguments)
 
 
 def cell_forward(
@@ -270,7 +271,7 @@ def cell_forward(
     ``tf32`` sends the products of float32 inputs to the tensor cores, rounded to nearest; it means nothing to others.
     """
     grid, arguments = cell_forward_launch(x, h, w_ih, w_hh, b_ih, b_hh, out, gates, tile=tile, tf32=tf32)
-    cell_forward_kernel[grid](**arguments)
+    launch(cell_forward_kernel, grid, arguments)
 
 
 def cell_backward(
@@ -285,4 +286,4 @@ def cell_backward(
         db_ih = d[:, H:].sum(0)         rotated(db_hh) = d[:, :3*H].sum(0)
     """
     grid, arguments = cell_backward_launch(grad_h, h, gates, d_gates, d_h_direct, tile=tile)
-    cell_backward_kernel[grid](**arguments)
+    launch(cell_backward_kernel, grid, arguments)

@@ -113,13 +113,15 @@ def project(
     K: tl.constexpr, H: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TF32: tl.constexpr, W_ROUNDED: tl.constexpr,
+    backwards=0,
 ):  # fmt: skip
     """(r, z, n) + x @ W^T for a tile [batch, units] of each gate: x [B, K], W [3H, K], rows of gate g at g*H.
 
-    One pass over k: each tile of x is loaded once and meets the weights of all three gates.
+    One pass over k, from its end if ``backwards`` is 1: each tile of x is loaded once and meets the weights of all three gates.
     """
+    LAST: tl.constexpr = (K - 1) // BLOCK_K * BLOCK_K
     for k in range(0, K, BLOCK_K):
-        o_k = k + tl.arange(0, BLOCK_K)
+        o_k = k + (LAST - 2 * k) * backwards + tl.arange(0, BLOCK_K)
         m_k = (o_k < K) | (K % BLOCK_K == 0)  # folds to true where no block is partial
         m_w = m_k[:, None] & m_u[None, :]
         o_w = o_k[:, None] * stride_wk

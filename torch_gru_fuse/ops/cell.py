@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torch_gru_fuse import torch_hooks
-from torch_gru_fuse.ops import registration
+from torch_gru_fuse.ops import dispatch, registration
 from torch_gru_fuse.ops.checks import check_gru_cell
 from torch_gru_fuse.ops.schemas import library, ops
 
@@ -20,7 +20,8 @@ def gru_cell_composite(
     b_hh: Tensor | None = None,
 ) -> Tensor:
     check_gru_cell(input, hx, w_ih, w_hh, b_ih, b_hh)
-    return ops.gru_cell_forward.default(input, hx, w_ih, w_hh, b_ih, b_hh, False)[0]
+    forward = dispatch.direct("gru_cell_forward", (input, hx, w_ih, w_hh, b_ih, b_hh))
+    return forward(input, hx, w_ih, w_hh, b_ih, b_hh, False)[0]
 
 
 registration.composite("gru_cell", gru_cell_composite)

@@ -8,12 +8,17 @@ on fake tensors alike, so a compiled model fails as an eager one does.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+# The checks run at every call: what can be is left to C.
+_dtype_of, _device_of, _shape_of = attrgetter("dtype"), attrgetter("device"), attrgetter("shape")
 
 
 def _fail(op: str, message: str) -> NoReturn:
@@ -25,16 +30,18 @@ def _check_same_kind(
 ) -> None:
     """All tensors have one floating-point dtype and lie on one device; `name_of(i)` names others[i]."""
     dtype, device = first.dtype, first.device
+    present = [tensor for tensor in others if tensor is not None]
+    if dtype in DTYPES and {dtype}.issuperset(map(_dtype_of, present)) and {device}.issuperset(map(_device_of, present)):
+        return
     if dtype not in DTYPES:
         _fail(op, f"{first_name} has dtype {dtype}, expected one of {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}")
     for i, tensor in enumerate(others):
-        if tensor is None:
+        if tensor is None or (tensor.dtype == dtype and tensor.device == device):
             continue
         if tensor.dtype != dtype:
             _fail(op, f"{name_of(i)} has dtype {tensor.dtype}, but {first_name} has {dtype}; convert one of them, for instance "
                       f"{first_name}.to({tensor.dtype})")  # fmt: skip
-        if tensor.device != device:
-            _fail(op, f"{name_of(i)} is on {tensor.device}, but {first_name} is on {device}; move them to one device")
+        _fail(op, f"{name_of(i)} is on {tensor.device}, but {first_name} is on {device}; move them to one device")
 
 
 def check_gru(
@@ -81,15 +88,14 @@ def check_gru(
         _fail(op, f"hx has batch size {h_batch}, but input has {batch} (size {tuple(x_size)}, {layout})")
     if hidden == 0:
         _fail(op, "hx has a hidden size of 0, expected at least 1")
-    for i, p in enumerate(params):
-        kind = kinds[i % len(kinds)]
-        if kind == "w_ih":
-            size: tuple[int, ...] = (3 * hidden, x_size[2] if i < per_layer else directions * hidden)
-        else:
-            size = (3 * hidden, hidden) if kind == "w_hh" else (3 * hidden,)
-        if p.shape != size:
+    lowest = [(3 * hidden, x_size[2]), (3 * hidden, hidden), (3 * hidden,), (3 * hidden,)]
+    others = [(3 * hidden, directions * hidden), *lowest[1:]]
+    sizes = lowest[: len(kinds)] * directions + others[: len(kinds)] * (directions * (num_layers - 1))
+    for i, (shape, size) in enumerate(zip(map(_shape_of, params), sizes, strict=True)):
+        if shape != size:
+            p = params[i]
             _fail(op, f"{name_of_param(i)} has size {tuple(p.shape)}, expected {size} for hidden size {hidden}"
-                      + (f" and input size {size[1]}" if kind == "w_ih" else ""))
+                      + (f" and input size {size[1]}" if i % len(kinds) == 0 else ""))
     if train and not 0.0 <= dropout <= 1.0:
         _fail(op, f"dropout must be a probability between 0 and 1, got {dropout}")
 

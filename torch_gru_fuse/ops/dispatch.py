@@ -1,15 +1,22 @@
-"""Which implementation runs on which device."""
+"""Which implementation runs on which device.
+
+An op that is made of another one may call the implementation itself where nothing stands between the two (`direct`): each
+pass through the dispatcher and back into Python takes longer than a small kernel runs.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_gru_fuse.ops import torch_path
+from torch_gru_fuse import torch_hooks
+from torch_gru_fuse.ops import timeouts, torch_path
 from torch_gru_fuse.ops.call import GRUCall
-from torch_gru_fuse.ops.schemas import library
+from torch_gru_fuse.ops.schemas import library, ops
 
 
 def _cpu() -> ModuleType:
@@ -40,15 +47,48 @@ def _implement(device_type: str, path) -> None:
         return path().gru_cell_backward(*args)
 
     for function in (gru_forward, gru_backward, gru_cell_forward, gru_cell_backward):
-        library.impl(function.__name__, _on_device(function) if device_type == "CUDA" else function, device_type)
+        on_device = _on_device(function) if device_type == "CUDA" else function
+        library.impl(function.__name__, on_device, device_type)
+        if device_type == "CUDA":
+            _on_cuda[function.__name__] = on_device
+
+
+_on_cuda: dict[str, Callable[..., Any]] = {}
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+
+
+def direct(name: str, tensors: Sequence[Tensor | None]) -> Callable[..., Any]:
+    """What to call for an op: its implementation, if the tensors are plain ones on CUDA and neither gradients nor a transform,
+    a mode or a tracer ask for more; otherwise the op."""
+    if (
+        tensors[0].is_cuda
+        and not torch.is_grad_enabled()
+        and _PLAIN.issuperset(map(type, tensors))
+        and torch_hooks.nothing_intercepts()
+    ):
+        return _on_cuda[name]
+    return getattr(ops, name).default
 
 
 def _on_device(function):
-    """Kernels are launched on the current device: make it that of the tensors."""
+    """Kernels are launched on the current device: make it that of the tensors.  An earlier kernel's error is raised first.
+
+    Autocast has had its turn when an op gets here; products inside are not for it.
+    """
 
     def run(*args):
-        first = next(a for a in args if isinstance(a, Tensor))
-        with torch.cuda.device(first.device):
+        if torch.is_autocast_enabled("cuda"):
+            with torch_hooks.below_autocast("cuda"):
+                return on_device(*args)
+        return on_device(*args)
+
+    def on_device(*args):
+        first = args[0] if isinstance(args[0], Tensor) else next(a for a in args if isinstance(a, Tensor))
+        device = first.get_device()
+        timeouts.check(device)
+        if device == torch.cuda.current_device():
+            return function(*args)
+        with torch.cuda.device(device):
             return function(*args)
 
     return run

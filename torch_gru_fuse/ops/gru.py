@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torch_gru_fuse import torch_hooks
-from torch_gru_fuse.ops import registration
+from torch_gru_fuse.ops import dispatch, registration
 from torch_gru_fuse.ops.checks import check_gru
 from torch_gru_fuse.ops.schemas import library, ops
 
@@ -43,9 +43,8 @@ def gru_composite(
     masks = None
     if train and dropout > 0.0 and num_layers > 1:
         masks = _dropout_masks(input, hx, dropout, num_layers, bidirectional)
-    output, h_n, _ = ops.gru_forward.default(
-        input, hx, params, has_biases, num_layers, bidirectional, masks, False
-    )
+    forward = dispatch.direct("gru_forward", (input, hx, *params))
+    output, h_n, _ = forward(input, hx, params, has_biases, num_layers, bidirectional, masks, False)
     return (output.transpose(0, 1) if batch_first else output), h_n
 
 

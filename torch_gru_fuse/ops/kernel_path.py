@@ -2,39 +2,98 @@
 
 Every product over all time steps (input projection, gradients of inputs and weights) is PyTorch's
 own; the kernels do what depends on the step before.
+
+The backward has to know what made the reserve: cuDNN's is its own, all others hold the same gates.  The plan is a function of
+the call, of the GPU and of settings (TORCH_GRU_FUSE_KERNELS, torch.backends.cudnn.enabled, TF32); so that settings may
+change between the two, the forward keeps its plan beside the storage of the reserve.  Only where that storage was
+copied in between (offloaded, or replayed from a CUDA graph that torch.compile recorded) the plan is made anew.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from torch_gru_fuse import torch_hooks
 from torch_gru_fuse.kernels.cell import cell_backward, cell_forward, cell_gates
+from torch_gru_fuse.kernels.launch import DoesNotFit
 from torch_gru_fuse.kernels.step import sequence_backward, sequence_forward
-from torch_gru_fuse.ops import cudnn_path, torch_path
+from torch_gru_fuse.kernels.stream import stream_forward
+from torch_gru_fuse.ops import cudnn_path, torch_path, whole_path
 from torch_gru_fuse.ops.call import GRUCall
 from torch_gru_fuse.ops.schemas import empty_cell_results
-from torch_gru_fuse.ops.support import why_not_kernels
-from torch_gru_fuse.planner.plan import Plan, plan_gru, plan_gru_cell
+from torch_gru_fuse.ops.support import gpu_of, why_not_kernels
+from torch_gru_fuse.planner.plan import Plan, choice, plan_gru, plan_gru_cell
 from torch_gru_fuse.planner.tiles import POINTWISE_TILE
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from torch_gru_fuse.planner.whole_sequence import WholeSequencePlan
 
 log = logging.getLogger("torch_gru_fuse")
 
+#: Whole-sequence plans that a GPU could not run, although by its description it can: parts of it were taken (MPS, others).
+_refused: dict[tuple[int, WholeSequencePlan], str] = {}
+#: Plan and path of the forward that made a reserve.
+_made_by = torch_hooks.StorageTable()
+
+
+_plans: dict[tuple, Plan] = {}
+
 
 def _plan(call: GRUCall, *, training: bool) -> Plan:
-    sizes = (call.T, call.B, call.input.shape[2], call.H)
-    plan = plan_gru(
-        *sizes, call.L, call.D, str(call.input.dtype),
-        tf32_allowed=torch_hooks.rnn_allows_tf32(), training=training, cudnn=torch_hooks.cudnn_runs(call.input),
-        unsupported=why_not_kernels(call.input),
+    x = call.input
+    dtype, device = x.dtype, x.get_device()
+    tf32_allowed = dtype == torch.float32 and torch_hooks.rnn_allows_tf32()
+    cudnn = torch_hooks.cudnn_runs(x)
+    dropout = call.dropout_masks is not None
+    captured = not training and x.is_cuda and torch.cuda.is_current_stream_capturing()
+    # all that the plan depends on
+    key = (
+        x.shape, call.hx.shape, dtype, device, call.bidirectional, training, tf32_allowed, cudnn, dropout, captured,
+        choice(), os.environ.get("TORCH_GRU_FUSE_GPU"),
     )  # fmt: skip
+    plan = _plans.get(key)
+    if plan is None:
+        unsupported = why_not_kernels(x)
+        plan = plan_gru(
+            *x.shape, call.H, call.L, call.D, str(dtype), tf32_allowed=tf32_allowed, training=training, cudnn=cudnn,
+            unsupported=unsupported, gpu=gpu_of(device) if unsupported is None else None, dropout=dropout, captured=captured,
+        )  # fmt: skip
+        if len(_plans) >= 4096:
+            _plans.clear()
+        _plans[key] = plan
+    if _refused and plan.kernel == "whole":
+        plan = _instead(call, plan, training)
     if log.isEnabledFor(logging.DEBUG):
-        log.debug("gru T=%d B=%d I=%d H=%d: %s, %s", *sizes, plan.kernel, plan.reason)
+        log.debug("gru T=%d B=%d I=%d H=%d: %s, %s", *x.shape, call.H, plan.kernel, plan.reason)
     return plan
+
+
+def _instead(call: GRUCall, plan: Plan, training: bool) -> Plan:
+    """What runs where the GPU could not run a plan for whole sequences; the plan itself where it can."""
+    reason = _refused.get((call.input.get_device(), plan.whole))
+    if reason is None:
+        return plan
+    if training or not torch_hooks.cudnn_runs(call.input):  # the step kernels leave the same reserve
+        return replace(plan, kernel="step", whole=None, reason=reason)
+    return replace(plan, kernel="torch", tile=None, whole=None, reason=reason)
+
+
+def _refuse(call: GRUCall, plan: Plan, error: DoesNotFit) -> None:
+    """Remembers and says, once, that a GPU could not run a plan."""
+    device = call.input.get_device()
+    reason = f"{error} (cuda:{device}, {plan.whole})"
+    if (device, plan.whole) not in _refused:
+        log.warning("torch_gru_fuse.gru: whole sequences in one launch do not fit, another kernel runs: %s", reason)
+    _refused[device, plan.whole] = reason
 
 
 def _parameters(call: GRUCall, layer: int) -> tuple[list[Tensor] | None, ...]:
@@ -54,13 +113,47 @@ def _input_projection(rows: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def gru_forward(call: GRUCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    T, B, H, D = call.T, call.B, call.H, call.D
-    if B == 0:
+    if call.B == 0:
         return call.empty_results(save)
     plan = _plan(call, training=save)
+    if plan.kernel == "stream":
+        return _stream_forward(call, plan)
+    if plan.kernel == "whole":
+        try:
+            return _remember(whole_path.gru_forward(call, save, plan), save, plan, None)
+        except DoesNotFit as error:
+            _refuse(call, plan, error)
+            plan = _instead(call, plan, save)
     if plan.kernel == "torch":
         path = cudnn_path if save and torch_hooks.cudnn_runs(call.input) else torch_path
-        return path.gru_forward(call, save)
+        return _remember(path.gru_forward(call, save), save, plan, path)
+    return _remember(_step_forward(call, save, plan), save, plan, None)
+
+
+def _remember(
+    results: tuple[Tensor, Tensor, Tensor], save: bool, plan: Plan, path: ModuleType | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if save:
+        _made_by.put(results[2], (plan, path))
+    return results
+
+
+def _stream_forward(call: GRUCall, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """One time step, one launch a layer."""
+    output, h_n, reserve = call.empty_results(False)
+    each = 4 if call.has_biases else 2
+    params = [p.contiguous() for p in call.params]
+    b_ih, b_hh = (params[2::4], params[3::4]) if call.has_biases else (None, None)
+    stream_forward(
+        call.input[0].contiguous(), call.hx.contiguous(), params[::each], params[1::each], b_ih, b_hh, output, h_n,
+        plan=plan.stream,
+    )  # fmt: skip
+    return output, h_n, reserve
+
+
+def _step_forward(call: GRUCall, save: bool, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """One launch a time step and layer."""
+    T, B, H, D = call.T, call.B, call.H, call.D
     output, h_n, reserve = call.empty_results(save)
     if save:
         layer_outputs, gates = call.saved_gates(reserve)
@@ -101,9 +194,15 @@ def gru_backward(
     T, B, H, D = call.T, call.B, call.H, call.D
     if B == 0:
         return [t.new_zeros(t.shape) for t, need in zip(call.tensors, needs, strict=True) if need]
-    plan = _plan(call, training=True)
-    if plan.kernel == "torch":
-        path = cudnn_path if torch_hooks.cudnn_runs(call.input) else torch_path
+    made_by = _made_by.get(reserve)
+    if made_by is not None:
+        plan, path = made_by
+    else:
+        plan = _plan(call, training=True)
+        path = None
+        if plan.kernel == "torch":
+            path = cudnn_path if torch_hooks.cudnn_runs(call.input) else torch_path
+    if path is not None:
         return path.gru_backward(call, grad_output, grad_h_n, output, reserve, needs)
     layer_outputs, gates = call.saved_gates(reserve)
     need_input, _, *need_params = needs

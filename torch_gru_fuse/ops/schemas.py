@@ -74,12 +74,10 @@ def empty_gru_results(
     T, B, _ = input.shape
     H = hx.shape[2]
     D = 2 if bidirectional else 1
-    size = reserve_size(T, B, H, num_layers, D, cuda=input.device.type == "cuda", bytes_each=input.dtype.itemsize)
-    return (
-        input.new_empty(T, B, D * H),
-        hx.new_empty(num_layers * D, B, H),
-        input.new_empty(size if save else 0),
-    )
+    size = 0
+    if save:
+        size = reserve_size(T, B, H, num_layers, D, cuda=input.device.type == "cuda", bytes_each=input.dtype.itemsize)
+    return input.new_empty(T, B, D * H), hx.new_empty(num_layers * D, B, H), input.new_empty(size)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::gru_forward", lib=library)

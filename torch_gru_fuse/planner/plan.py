@@ -10,20 +10,85 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+from torch_gru_fuse.planner import tuned
+from torch_gru_fuse.planner.gpus import GPU
+from torch_gru_fuse.planner.stream import StreamPlan, plan_stream
 from torch_gru_fuse.planner.tiles import POINTWISE_TILE, Tile, default_cell_tile, default_step_tile
+from torch_gru_fuse.planner.whole_sequence import (
+    ResidentPlan,
+    StagedPlan,
+    WholeSequencePlan,
+    plan_whole_sequence,
+    why_no_plan,
+    why_not_gpu,
+)
 
-#: "auto" takes what was measured to be faster; "triton" and "torch" force one side.
-CHOICES = ("auto", "triton", "torch")
+#: "auto" takes what was measured to be faster; "triton" and "torch" force one side; "step" forces one launch a time step.
+CHOICES = ("auto", "triton", "step", "torch")
 _BYTES = {"torch.float32": 4, "torch.float16": 2, "torch.bfloat16": 2}
 
 
-# Of a GRU with at most so many units cuDNN computes float32 without tensor cores although TF32 is allowed: its error against
-# float64 stays at 1e-6 where TF32 gives 3e-4 (H200, H = 3, 64, 128; from H = 256 on it is that of TF32).  Nor do we there.
-_NO_TF32_UP_TO_HIDDEN = 128
+def uses_tf32(T: int, B: int, H: int, *, training: bool) -> bool:
+    """Whether float32 products use TF32 where it is allowed.
+
+    cuDNN decides by shape; on an H200 (cuDNN 9.19) its error is that of TF32 in 379 of 391 shapes from H = 16 on, in the others
+    (a batch of 1, or few steps of a small layer) that of float32.  Tensor cores take no sizes like H = 3, and cuDNN uses none.
+    """
+    return H >= 16 and H % 4 == 0
+
+
+# Ratio to cuDNN in a CUDA graph, forward, H200, 782 shapes: T 4 to 100, B 1 to 4096, H 16 to 2048, 1 and 3 layers, 1 and 2
+# directions, float32 with TF32 and float16 (docs/results/sweep-h200.json).  What follows says no to all that took longer.
+_WHOLE_FROM_STEPS = 4  # the fewest that were measured
+# staged: rows of a program times the share of its registers that hold weights, up to which it is faster, by H and bytes of an
+# element.  Above, its mma.sync lose to the wgmma of cuDNN's products (H=1024, B=512, fp16: 0.73; H=512, B=1024, tf32: 0.89).
+_STAGED_MOST_WORK = {
+    (256, 2): 1 << 30, (256, 4): 1 << 30, (512, 2): 64, (512, 4): 64, (1024, 2): 32, (1024, 4): 64, (2048, 2): 32,
+}  # fmt: skip
+
+
+# Called one by one, small layers wait for the host: T=4, B=8, H=64, one layer, fp16 takes 144 us and cuDNN, which has a kernel
+# for it, 68; T=200, H=128, tf32 takes 257 and cuDNN 264.  In a CUDA graph both are faster here.
+_ONE_SMALL_LAYER_FROM_STEPS = 128
+
+
+def whole_sequence_is_faster(
+    plan: WholeSequencePlan, T: int, B: int, H: int, L: int, D: int, element_bytes: int, *, training: bool,
+    captured: bool = True,
+) -> bool:  # fmt: skip
+    """Whether a plan beats cuDNN, in a CUDA graph (``captured``) or called by itself.
+
+    One place for all thresholds; edit with a measurement beside it.
+    """
+    if training:
+        return False  # the backward takes a launch a step: not measured
+    if H % 16:
+        return False  # copies of padded weights: not measured
+    if T < _WHOLE_FROM_STEPS:
+        return False
+    kernel = plan.kernel
+    if isinstance(kernel, ResidentPlan):
+        if not captured and L * D == 1 and T < _ONE_SMALL_LAYER_FROM_STEPS:
+            return False
+        # Padded to 128 units, tf32: H=96, B=32, 100 steps 0.87.
+        return not (element_bytes == 4 and kernel.units == 128 and H < 112)
+    if isinstance(kernel, StagedPlan):
+        padded = max(256, 1 << (H - 1).bit_length())
+        registers = 3 * kernel.units * padded * element_bytes // 1024
+        return kernel.rows * kernel.tiles * registers // 192 <= _STAGED_MOST_WORK[padded, element_bytes]
+    return True
+
+
+# Row offsets of the whole-sequence kernels are bytes in 32 bits; a row holds at most gi of two directions in float32.
+_MOST_BYTES = 2**31
+
+
 # Forward and backward of T=128, B=1024, H=256: 4.6 ms and cuDNN in a CUDA graph 9.1 ms (tf32), 2.5 and 5.4 ms (fp16).  At
 # B=256, H=512 the two are equal, below that cuDNN is faster (H200, docs/results/step-h200.txt).  What lies between was not
 # measured and stays with cuDNN.
 _STEP_TRAINS_FROM_BATCH, _STEP_TRAINS_UP_TO_HIDDEN = 1024, 256
+# Forward of T=64, B=16, H=4096: 1.59 ms and cuDNN 2.06 (fp16), 3.21 and 3.73 (tf32); at H=2048 cuDNN is faster (0.61 and 0.84).
+_STEP_FROM_HIDDEN, _STEP_UP_TO_BATCH, _STEP_FROM_STEPS = 4096, 16, 16
 # float32 products without TF32 run on FMA units, where our tiles reach a fifth of cuBLAS (H200, cell, B = H = 1024: 1.70 ms and
 # 0.37 ms): there PyTorch makes the products and a pointwise kernel the gates.
 
@@ -33,55 +98,105 @@ class Plan:
     """How a call runs.
 
     Attributes:
-        kernel: "step" (one launch a time step and layer), "cell" (one launch), "gates" (matrix products by PyTorch, then one
-            launch for the gates) or "torch" (PyTorch's own path).
-        tile: launch shape of the kernel; None for "torch".
+        kernel: "whole" (whole sequences in one launch), "stream" (one time step, one launch a layer), "step" (one launch a time
+            step and layer), "cell" (one launch), "gates"
+            (matrix products by PyTorch, then one launch for the gates) or "torch" (PyTorch's own path).
+        tile: launch shape of the kernel, of "whole" that of the step kernel which runs its backward; None for "torch".
         tf32: whether float32 products use TF32.
         reason: why this and not another.
+        whole: of "whole", its launches.
+        stream: of "stream", its launches.
     """
 
-    kernel: Literal["step", "cell", "gates", "torch"]
+    kernel: Literal["whole", "stream", "step", "cell", "gates", "torch"]
     tile: Tile | None
     tf32: bool
     reason: str
+    whole: WholeSequencePlan | None = None
+    stream: StreamPlan | None = None
 
 
-def _choice() -> str:
-    choice = os.environ.get("TORCH_GRU_FUSE_KERNELS", "auto")
-    if choice not in CHOICES:
-        raise ValueError(
-            f"TORCH_GRU_FUSE_KERNELS is {choice!r}, expected one of {', '.join(map(repr, CHOICES))}"
-        )
-    return choice
+def choice() -> str:
+    """TORCH_GRU_FUSE_KERNELS."""
+    value = os.environ.get("TORCH_GRU_FUSE_KERNELS", "auto")
+    if value not in CHOICES:
+        raise ValueError(f"TORCH_GRU_FUSE_KERNELS is {value!r}, expected one of {', '.join(map(repr, CHOICES))}")
+    return value
 
 
 def plan_gru(
     T: int, B: int, I: int, H: int, L: int, D: int, dtype: str, *, tf32_allowed: bool, training: bool, cudnn: bool,
-    unsupported: str | None = None,
+    unsupported: str | None = None, gpu: GPU | None = None, dropout: bool = False, captured: bool = True,
 ) -> Plan:  # fmt: skip
     """Plan of a sequence: T steps, batch B, I inputs, H units, L layers, D directions.
 
-    `cudnn`: cuDNN could run it; `unsupported`: why the kernels could not, if so.
+    `cudnn`: cuDNN could run it; `unsupported`: why the kernels could not, if so; `gpu`: None: no whole-sequence kernels;
+    `dropout`: there are masks between the layers; `captured`: launches cost the host nothing, for a CUDA graph records them.
     """
     if unsupported is not None:
         return Plan("torch", None, False, unsupported)
-    return _plan_gru(T, B, I, H, L, D, dtype, tf32_allowed, training, cudnn, _choice())
+    return _plan_gru(T, B, I, H, L, D, dtype, tf32_allowed, training, cudnn, choice(), gpu, dropout, captured)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=4096)
 def _plan_gru(
     T: int, B: int, I: int, H: int, L: int, D: int, dtype: str, tf32_allowed: bool, training: bool, cudnn: bool,
-    choice: str,
+    choice: str, gpu: GPU | None, dropout: bool, captured: bool,
 ) -> Plan:  # fmt: skip
-    tf32 = dtype == "torch.float32" and tf32_allowed and H > _NO_TF32_UP_TO_HIDDEN
-    step = functools.partial(Plan, "step", default_step_tile(B, H, _BYTES[dtype], directions=D, tf32=tf32), tf32)
+    tf32 = dtype == "torch.float32" and tf32_allowed and uses_tf32(T, B, H, training=training)
+    shared = {} if gpu is None else {"shared_bytes": gpu.shared_bytes_per_program}
+    tile = default_step_tile(B, H, _BYTES[dtype], directions=D, tf32=tf32, **shared)
+    step = functools.partial(Plan, "step", tile, tf32)
     own = functools.partial(Plan, "torch", None, tf32)
+    if choice == "torch" and cudnn:
+        return own("asked for")
+    whole = None
+    if choice in ("auto", "triton"):
+        if T == 1 and D == 1 and not training and gpu is not None:
+            stream = plan_stream(
+                B, I, H, L, _BYTES[dtype], multiprocessors=gpu.multiprocessors, capability=gpu.capability
+            )
+            if isinstance(stream, StreamPlan):
+                return Plan("stream", None, False, "one time step, one launch a layer: faster than cuDNN", stream=stream)
+        whole = _whole(B, H, L, D, dtype, tf32, gpu, dropout)
     if choice != "auto" or not cudnn:
         reason = "asked for" if choice != "auto" else "cuDNN is switched off"
-        return own(reason) if choice == "torch" and cudnn else step(reason)
-    if training and B >= _STEP_TRAINS_FROM_BATCH and H <= _STEP_TRAINS_UP_TO_HIDDEN and (tf32 or _BYTES[dtype] == 2):
+        return step(reason) if not isinstance(whole, WholeSequencePlan) else Plan("whole", tile, tf32, reason, whole)
+    if isinstance(whole, WholeSequencePlan):
+        sizes = (T, B, H, L, D, _BYTES[dtype])
+        if whole_sequence_is_faster(whole, *sizes, training=training, captured=captured):
+            return Plan("whole", tile, tf32, "whole sequences in one launch: faster than cuDNN", whole)
+        whole = "cuDNN is faster than whole sequences in one launch, as far as was measured"
+    tensor_cores = tf32 or _BYTES[dtype] == 2
+    if not training and tensor_cores and T >= _STEP_FROM_STEPS and B <= _STEP_UP_TO_BATCH and H >= _STEP_FROM_HIDDEN:
+        return step("weights that are larger than L2: faster than cuDNN")
+    if training and B >= _STEP_TRAINS_FROM_BATCH and H <= _STEP_TRAINS_UP_TO_HIDDEN and tensor_cores:
         return step("training with a large batch: faster than cuDNN")
-    return own("cuDNN's sequence kernels are faster than one launch a step")
+    return own(f"cuDNN's sequence kernels are faster than one launch a step; {whole}")
+
+
+def _whole(
+    B: int, H: int, L: int, D: int, dtype: str, tf32: bool, gpu: GPU | None, dropout: bool
+) -> WholeSequencePlan | str:
+    """The plan for whole sequences, measured by `tune` or predicted, or why there is none."""
+    if gpu is None:
+        return "no GPU for whole sequences in one launch"
+    if dtype == "torch.float32" and not tf32:
+        return "whole sequences in one launch need TF32 for float32"
+    refused = why_not_gpu(gpu)
+    if refused is not None:
+        return refused
+    if B * -(-H // 16) * 16 * 6 * 4 >= _MOST_BYTES:
+        return f"a batch of {B} with H = {H} is more than 32-bit offsets reach"
+    lanes = 2 if D == 2 else 1 if dropout else L
+    entry = tuned.lookup(tuned.key_of(gpu.name, B, H, lanes, reverse=D == 2, dtype=dtype.removeprefix("torch.")))
+    if entry is not None:
+        return entry.plan
+    options = {
+        "reverse": D == 2, "multiprocessors": gpu.multiprocessors, "shared_bytes": gpu.shared_bytes_per_program,
+    }  # fmt: skip
+    plan = plan_whole_sequence(B, H, lanes, _BYTES[dtype], **options)
+    return plan or why_no_plan(B, H, lanes, _BYTES[dtype], **options)
 
 
 def plan_gru_cell(
@@ -90,7 +205,7 @@ def plan_gru_cell(
     """Plan of one cell: batch B, I inputs, H units; `unsupported`: why the kernels could not run it, if so."""
     if unsupported is not None:
         return Plan("torch", None, False, unsupported)
-    return _plan_gru_cell(B, I, H, dtype, tf32_allowed, training, _choice())
+    return _plan_gru_cell(B, I, H, dtype, tf32_allowed, training, choice())
 
 
 @functools.lru_cache(maxsize=1024)

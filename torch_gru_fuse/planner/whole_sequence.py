@@ -1,29 +1,31 @@
 """Plans of the kernels that run whole sequences in one launch: pure functions of sizes, without Triton and without a GPU.
 
 A launch runs ``lanes`` recurrences at once: all layers of a stack, one layer, or the two directions of a layer.
-``kernels.wavefront`` spreads the units of a lane over programs, ``kernels.resident`` gives a program all units of a lane; their
-docstrings say how.  A program has a multiprocessor to itself; programs that wait for each other must be on the GPU at once.
+``kernels.resident`` gives a program all units of a lane; ``kernels.wavefront`` and ``kernels.staged`` spread them over
+programs, the first for the shortest step, the second for the largest batch.  Programs that wait for each other must be on the
+GPU at once.
 
-Plans are made for multiprocessors of 64 K registers and programs of 99 KB of shared memory (compute capability 8.6, 8.9, 12.0;
-8.0 and 9.0 have more).  That the planned code spills nothing there is what the tests check with the compiler.
+Plans are made for multiprocessors of 64 K registers, which all GPUs of compute capability 8.0 and more have, and for the number
+of multiprocessors and the shared memory of a program that are given.  That the planned code spills nothing is what the tests
+check with the compiler.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from .gpus import GPU
 
 __all__ = [
-    "Measured",
     "Prediction",
     "ResidentPlan",
+    "StagedPlan",
     "WavefrontPlan",
     "WholeSequencePlan",
     "plan_resident",
+    "plan_staged",
     "plan_wavefront",
     "plan_whole_sequence",
     "predict",
@@ -40,25 +42,20 @@ _MOST_HIDDEN = 1024
 class WavefrontPlan:
     """How ``wavefront_kernel`` spreads a layer.  All sizes but ``ahead`` are powers of two.
 
-    units, rows: the tile of one program, units at least 16, rows at least 8; ``tiles`` of them follow each other in the batch.
+    units, rows: the tile of one program, units at least 16, rows at least 8.
     slices: warps along k for h; input_slices: as many for the input of a higher layer, or 0.
     unit_warps: warps along the units.
-    early: read the next tile before the gates of this one; or, if the input comes after h, before h.
     store_first: a barrier between storing h and adding up the input of the next step.
-    share_n: keep W_hn (and W_in) in shared memory, where registers do not hold all.
     ahead: steps that prefetches run ahead.
     """
 
     name: ClassVar[str] = "wavefront"
     units: int
     rows: int
-    tiles: int
     slices: int
     input_slices: int = 0
     unit_warps: int = 1
-    early: bool = False
     store_first: bool = False
-    share_n: bool = False
     ahead: int = 4
 
     @property
@@ -66,7 +63,7 @@ class WavefrontPlan:
         return (self.slices + self.input_slices) * self.unit_warps
 
     def programs(self, lanes: int, batch: int, hidden: int) -> int:
-        return lanes * -(-hidden // self.units) * -(-batch // (self.rows * self.tiles))
+        return lanes * -(-hidden // self.units) * -(-batch // self.rows)
 
 
 @dataclass(frozen=True)
@@ -88,11 +85,47 @@ class ResidentPlan:
 
 
 @dataclass(frozen=True)
+class StagedPlan:
+    """How ``staged_kernel`` spreads a layer.  All sizes but ``tiles`` and ``share`` are powers of two.
+
+    units, rows: the tile of one program, units at least 16, rows at least 8; ``tiles`` of them, 1 or an even number, follow
+    each other in the batch.
+    slices: warps along k.  unit_warps: warps along the units.
+    pieces: parts of the state, along k, that are waited for and multiplied one after the other.
+    share: blocks of W_hn, 128 bytes of k a slice and unit each, in shared memory, where registers do not hold all.
+    """
+
+    name: ClassVar[str] = "staged"
+    units: int
+    rows: int
+    tiles: int
+    slices: int
+    unit_warps: int
+    pieces: int = 1
+    share: int = 0
+
+    @property
+    def num_warps(self) -> int:
+        return self.slices * self.unit_warps
+
+    def programs(self, lanes: int, batch: int, hidden: int) -> int:
+        return lanes * -(-hidden // self.units) * -(-batch // (self.rows * self.tiles))
+
+    def shared_bytes(self, hidden: int, element_bytes: int) -> int:
+        """Shared memory of a program: states, gi of two tiles, partial sums, what tiles carry on, weights, biases."""
+        states = min(2, self.tiles * self.pieces) * self.rows * _padded(hidden) * element_bytes // self.pieces
+        gi = 2 * 3 * self.rows * self.units * element_bytes
+        sums = 3 * self.slices * self.units * self.rows * 4 if self.slices > 1 else 0
+        carried = (1 << (self.tiles - 1).bit_length()) * self.units * self.rows * 4 if self.tiles > 2 else 0
+        return states + gi + sums + carried + self.share * self.slices * self.units * 128 + 16 * self.units
+
+
+@dataclass(frozen=True)
 class WholeSequencePlan:
     """``kernel`` for ``lanes`` at once: all layers of a stack, one of them, or both directions of a layer."""
 
     lanes: int
-    kernel: WavefrontPlan | ResidentPlan
+    kernel: WavefrontPlan | ResidentPlan | StagedPlan
 
     def programs(self, batch: int, hidden: int) -> int:
         """Programs of one launch."""
@@ -104,43 +137,30 @@ class WholeSequencePlan:
         """Launches of a whole GRU of so many layers, one after the other."""
         return layers * (2 if reverse else 1) // self.lanes
 
+    @property
+    def programs_per_sm(self) -> int:
+        """Programs that share a multiprocessor, as far as registers go: two of up to four warps, else one."""
+        return 2 if self.kernel.num_warps <= 4 else 1
+
     def waits(self, *, reverse: bool) -> bool:
         """Whether programs wait for each other: then all of them must be on the GPU at once.
 
         Of ``resident`` only the layers of a stack do; other programs of it may come one after the other.
         """
-        return isinstance(self.kernel, WavefrontPlan) or (self.lanes > 1 and not reverse)
+        return not isinstance(self.kernel, ResidentPlan) or (self.lanes > 1 and not reverse)
 
 
 # ---- plans --------------------------------------------------------------------------------------------------------------
 
-# Plans for batches that give every program more than one tile, and the most tiles without spills: by hidden units (padded to
-# a power of two) and bytes of an element.  Weights take 96 registers of a thread of 8 warps, in the last entry 192, of which a
-# third goes to shared memory.
-_TILES = {
-    (256, 2): (WavefrontPlan(64, 16, 1, slices=2, unit_warps=4, early=True), 2),
-    (512, 2): (WavefrontPlan(32, 16, 1, slices=8, early=True), 2),
-    (1024, 2): (WavefrontPlan(16, 16, 1, slices=8, early=True), 4),
-    (256, 4): (WavefrontPlan(32, 16, 1, slices=4, unit_warps=2), 4),
-    (512, 4): (WavefrontPlan(16, 16, 1, slices=8, early=True), 4),
-    (1024, 4): (WavefrontPlan(16, 8, 1, slices=8, share_n=True), 4),
-}
-# The same where H is not a power of two: vectors beyond H need addresses of their own, up to 20 registers.  At H=200 the plans
-# above spill, fp16 8 to 16 bytes and fp32 8, two directions with saved gates.
-_TILES_PADDED = {
-    (256, 2): (WavefrontPlan(32, 16, 1, slices=4, unit_warps=2, early=True), 4),
-    (512, 2): (_TILES[512, 2][0], 2),
-    (1024, 2): (_TILES[1024, 2][0], 2),
-    (256, 4): (WavefrontPlan(32, 16, 1, slices=4, unit_warps=2, share_n=True), 2),
-    (512, 4): (_TILES[512, 4][0], 2),
-    (1024, 4): (_TILES[1024, 4][0], 1),
-}
+
+def _padded(hidden: int) -> int:
+    return 1 << (hidden - 1).bit_length()
 
 
 def plan_wavefront(
     batch: int, hidden: int, lanes: int, element_bytes: int, *, stack: bool, multiprocessors: int = 128
 ) -> WavefrontPlan | None:
-    """Plan for ``lanes`` in one launch, or None if they do not fit: one program a multiprocessor, all at once, no spills."""
+    """Plan for ``lanes`` in one launch, one tile a program, or None if they do not fit: all at once, no spills."""
     _check(batch, hidden, lanes, element_bytes, multiprocessors, reverse=False)
     plan = _wavefront(batch, hidden, lanes, element_bytes, stack, multiprocessors)
     return plan if isinstance(plan, WavefrontPlan) else None
@@ -149,7 +169,7 @@ def plan_wavefront(
 def plan_resident(hidden: int, element_bytes: int, *, stack: bool) -> ResidentPlan | None:
     """Plan for one launch of any number of lanes and any batch, or None: the weights must fit the registers of 8 warps."""
     _check(1, hidden, 1, element_bytes, 1, reverse=False)
-    units = max(16, 1 << (hidden - 1).bit_length())
+    units = max(16, _padded(hidden))
     registers = 3 * units * element_bytes // 8 * (2 if stack else 1)  # of a thread, for weights
     # 192 leaves enough for one layer; a stack, which holds x as well, spilled there (H=64 fp32: 40 bytes, H=128 fp16: 48).
     if units > 128 or registers > (96 if stack else 192):
@@ -157,22 +177,34 @@ def plan_resident(hidden: int, element_bytes: int, *, stack: bool) -> ResidentPl
     return ResidentPlan(units, rows=8, num_warps=units // 16, early=stack and element_bytes == 2)
 
 
+def plan_staged(
+    batch: int, hidden: int, lanes: int, element_bytes: int, *, multiprocessors: int = 128, shared_bytes: int = _SHARED_BYTES
+) -> StagedPlan | None:
+    """Plan for one layer, ``lanes`` directions of it, with the least predicted time of a step; None if none fits."""
+    _check(batch, hidden, lanes, element_bytes, multiprocessors, reverse=False)
+    plan = _staged(batch, hidden, lanes, element_bytes, multiprocessors, shared_bytes)
+    return plan if isinstance(plan, StagedPlan) else None
+
+
 def plan_whole_sequence(
-    batch: int, hidden: int, lanes: int, element_bytes: int, *, reverse: bool, multiprocessors: int = 128
-) -> WholeSequencePlan | None:
+    batch: int, hidden: int, lanes: int, element_bytes: int, *, reverse: bool, multiprocessors: int = 128,
+    shared_bytes: int = _SHARED_BYTES,
+) -> WholeSequencePlan | None:  # fmt: skip
     """The plan for a stack of ``lanes`` layers, or, if ``reverse``, for the two directions of a layer; None: no such launch.
 
     ``why_no_plan`` of the same arguments says why.  ``element_bytes`` is 2 or, for float32 whose products use TF32, 4.
+    ``shared_bytes``: shared memory that a program may have.
     """
-    plan = _whole_sequence(batch, hidden, lanes, element_bytes, reverse, multiprocessors)
+    plan = _whole_sequence(batch, hidden, lanes, element_bytes, reverse, multiprocessors, shared_bytes)
     return plan if isinstance(plan, WholeSequencePlan) else None
 
 
 def why_no_plan(
-    batch: int, hidden: int, lanes: int, element_bytes: int, *, reverse: bool, multiprocessors: int = 128
-) -> str | None:
+    batch: int, hidden: int, lanes: int, element_bytes: int, *, reverse: bool, multiprocessors: int = 128,
+    shared_bytes: int = _SHARED_BYTES,
+) -> str | None:  # fmt: skip
     """Why ``plan_whole_sequence`` has no plan; None where it has one."""
-    plan = _whole_sequence(batch, hidden, lanes, element_bytes, reverse, multiprocessors)
+    plan = _whole_sequence(batch, hidden, lanes, element_bytes, reverse, multiprocessors, shared_bytes)
     return plan if isinstance(plan, str) else None
 
 
@@ -200,68 +232,147 @@ def _check(batch: int, hidden: int, lanes: int, element_bytes: int, multiprocess
 
 
 def _whole_sequence(
-    batch: int, hidden: int, lanes: int, element_bytes: int, reverse: bool, multiprocessors: int
+    batch: int, hidden: int, lanes: int, element_bytes: int, reverse: bool, multiprocessors: int, shared_bytes: int
 ) -> WholeSequencePlan | str:
-    """The plan, or why there is none."""
+    """The plan, or why there is none: all layers at once where they fit, else one after the other."""
     _check(batch, hidden, lanes, element_bytes, multiprocessors, reverse=reverse)
     stack = lanes > 1 and not reverse
-    reason = ""
-    for together in (True, False) if stack else (True,):  # all layers at once, or one after the other
-        number = lanes if together else 1
-        kernel = plan_resident(hidden, element_bytes, stack=stack and together)
-        if kernel is None or kernel.programs(number, batch) > multiprocessors:
-            other = _wavefront(batch, hidden, number, element_bytes, stack and together, multiprocessors)
-            if isinstance(other, WavefrontPlan):
-                kernel = other
-            elif stack and together:
-                kernel = None  # its programs would wait for others that are not on the GPU
-            reason = other if isinstance(other, str) else ""
-        if kernel is not None:
-            return WholeSequencePlan(number, kernel)
-    return reason
+    if stack:
+        resident = plan_resident(hidden, element_bytes, stack=True)
+        if resident is not None and resident.programs(lanes, batch) <= multiprocessors:
+            return WholeSequencePlan(lanes, resident)
+        wavefront = _wavefront(batch, hidden, lanes, element_bytes, True, multiprocessors)
+        if isinstance(wavefront, WavefrontPlan):
+            return WholeSequencePlan(lanes, wavefront)
+    number = lanes if reverse else 1
+    resident = plan_resident(hidden, element_bytes, stack=False)
+    if resident is not None:
+        return WholeSequencePlan(number, resident)
+    wavefront = _wavefront(batch, hidden, number, element_bytes, False, multiprocessors)
+    if isinstance(wavefront, WavefrontPlan):
+        return WholeSequencePlan(number, wavefront)
+    staged = _staged(batch, hidden, number, element_bytes, multiprocessors, shared_bytes)
+    return WholeSequencePlan(number, staged) if isinstance(staged, StagedPlan) else staged
 
 
 def _wavefront(
     batch: int, hidden: int, lanes: int, element_bytes: int, stack: bool, multiprocessors: int
 ) -> WavefrontPlan | str:
-    """The plan, or why there is none."""
-    if hidden > _MOST_HIDDEN:
-        return f"H = {hidden}: the weights of a layer of more than {_MOST_HIDDEN} units do not fit the registers of the GPU"
-    padded = 1 << (hidden - 1).bit_length()
-    if padded < 64:
-        return f"H = {hidden}: a layer of up to 32 units is not worth spreading"
-    # Latency: 16 units, the least that an mma instruction takes, and as few batch rows as the number of programs allows.
-    # Slices of 64, 4 warps at H=256: with 8 slices of 32 the exchange costs more than it saves (1.11 and 0.79 us a step).
-    groups = multiprocessors // (lanes * -(-hidden // 16))
-    rows = -(-batch // groups) if groups else 1 << 30
+    """The plan, or why there is none.
+
+    16 units, the least that an mma instruction takes, and as few batch rows as the number of programs allows.  Slices of 64 of
+    k: with 8 slices of 32 at H=256 the exchange costs more than it saves (1.11 and 0.79 us a step).
+    """
+    padded = _padded(hidden)
+    if not 64 <= padded <= _MOST_HIDDEN:
+        return f"H = {hidden}: a wavefront is for 33 to {_MOST_HIDDEN} units"
     slices = {64: 2, 128: 4, 256: 4, 512: 8, 1024: 8}[padded]
-    exact = hidden == padded
-    if rows <= 8 or (rows <= 16 and (padded, element_bytes) != (1024, 4)):
-        tile = 8 if rows <= 8 else 16
-        if not stack:
-            return WavefrontPlan(16, tile, 1, slices, share_n=(padded, element_bytes) == (1024, 4))
-        if padded <= 256:
-            if element_bytes == 2:
-                return WavefrontPlan(16, tile, 1, slices, early=True)
-            # The second set of weights would need 8 slices, twice the exchange: twice the warps instead.
-            return WavefrontPlan(16, tile, 1, slices, input_slices=slices, store_first=True)
-        if padded == 512 and (element_bytes == 2 or (tile == 8 and exact)):
-            return WavefrontPlan(16, tile, 1, slices, early=element_bytes == 2)  # early would spill fp32: 32 bytes
+    programs = lanes * -(-hidden // 16)  # for one tile of the batch
+    too_many = f"{_lanes(lanes)} of H = {hidden}, batch {batch}: more programs than {multiprocessors} multiprocessors hold"
+    if not stack:
+        # Two programs a multiprocessor, or tiles of 16 rows: there staged is faster (H=256, B=128, 3 layers, fp16: 0.56 and
+        # 0.42 ms; H=512, B=64, fp16: 0.25 and 0.20 ms), and so it is where weights take 192 registers (H=1024, B=8, tf32: 0.36
+        # and 0.28 ms).
+        if (padded, element_bytes) == (1024, 4) or programs * -(-batch // 8) > multiprocessors:
+            return too_many
+        return WavefrontPlan(16, 8, slices)
+    if padded > 512 or (padded == 512 and element_bytes == 4 and hidden != padded):
         return f"H = {hidden}: the weights of both projections of a stacked layer do not fit the registers of its programs"
-    if stack:
-        return f"{lanes} layers of H = {hidden} and a batch of {batch} need more than {multiprocessors} programs at once"
-    if (padded, element_bytes) not in _TILES:
-        return f"H = {hidden}: no tile for a batch of {batch}"
-    plan, most = (_TILES if exact else _TILES_PADDED)[padded, element_bytes]
-    groups = multiprocessors // (lanes * -(-hidden // plan.units))
-    if not groups:
-        needed = lanes * -(-hidden // plan.units)
-        return f"H = {hidden} in {_lanes(lanes)} needs {needed} programs at once, the GPU holds {multiprocessors}"
-    tiles = 1 << (-(-batch // (plan.rows * groups)) - 1).bit_length()
-    if tiles > most:
-        largest = most * plan.rows * groups
-        return f"a batch of {batch} is more than {largest}, the most for H = {hidden} in {_lanes(lanes)} without spills"
-    return replace(plan, tiles=tiles, early=plan.early and tiles == 2)  # early with 4 tiles would spill: 72 to 288 bytes
+    for tile in (8, 16):
+        tiles = -(-batch // tile)
+        crowded = programs * tiles > multiprocessors  # then two programs a multiprocessor, of four warps each
+        if padded == 512 or element_bytes == 4:
+            if crowded or (padded == 512 and tile == 16 and element_bytes == 4):
+                continue
+        elif programs * tiles > 2 * multiprocessors:
+            continue
+        if padded == 512:
+            return WavefrontPlan(16, tile, slices)
+        # x beside h with twice the warps, or after it?  Where the batch is one tile, beside (T=1000, B=1, H=256, 2 layers:
+        # fp16 0.70 and 0.82 ms, tf32 0.78 and 0.83); where there are more, after (B=32: fp16 1.01 and 1.22 ms, tf32 1.24 and
+        # 1.35), and so where programs share multiprocessors (512 steps, B=10, 6 layers, fp16: 0.53 and 0.59 ms).  Small layers:
+        # always beside (H=64, B=64, 2 layers, tf32: 0.16 and 0.17 ms).
+        if tile == 8 and (tiles == 1 or padded == 64) and not crowded:
+            return WavefrontPlan(16, tile, slices, input_slices=slices, store_first=True)
+        if element_bytes == 2:
+            return WavefrontPlan(16, tile, slices)
+        return WavefrontPlan(16, tile, 2 * slices)  # two sets of weights in fp32: half as long slices
+    return too_many
+
+
+def _staged(
+    batch: int, hidden: int, lanes: int, element_bytes: int, multiprocessors: int, shared_bytes: int
+) -> StagedPlan | str:
+    """The plan with the least predicted time of a step, or why there is none."""
+    padded = _padded(hidden)
+    best = None
+    for unit_warps in (8, 4, 2, 1):  # of 8 warps: the others take slices of k
+        units, slices = 16 * unit_warps, 8 // unit_warps
+        registers = _weight_registers(units, padded, element_bytes)
+        if registers > 192 or padded // slices * element_bytes < 128:
+            continue
+        groups = multiprocessors // (lanes * -(-hidden // units))
+        if not groups:
+            continue
+        rows = -(-batch // groups)
+        plan = _staged_tiles(rows, hidden, element_bytes, units, slices, unit_warps, registers, shared_bytes)
+        if plan is None:
+            continue
+        step = _staged_us(plan, registers, plan.programs(lanes, batch, hidden), hidden, element_bytes)
+        if best is None or step < best[0]:
+            best = step, plan
+    if best is not None:
+        return best[1]
+    return (
+        f"{_lanes(lanes)} of H = {hidden} and a batch of {batch}: the weights do not fit the registers and shared memory of "
+        f"{multiprocessors} multiprocessors, or more than {_MOST_TILES} tiles follow each other"
+    )
+
+
+_MOST_TILES = 32  # not more than were tested
+
+
+def _weight_registers(units: int, padded: int, element_bytes: int) -> int:
+    """Registers of a thread that weights take in ``staged``."""
+    return 3 * units * padded * element_bytes // 1024
+
+
+def _staged_tiles(
+    rows: int, hidden: int, element_bytes: int, units: int, slices: int, unit_warps: int, registers: int, shared_bytes: int
+) -> StagedPlan | None:
+    """Tiles of the batch for ``rows`` a program.
+
+    fp32: 16 rows, if there are so many (H=256, B=1024: 0.64 and 0.73 ms; H=1024, B=64: 1.40 and 1.52).  Half precision: 8, up
+    to six of them, for two tiles hide each other's waits (H=256, B=1024: 0.40 and 0.49 ms; H=1024, B=64: 0.67 and 0.86 ms);
+    then 16 (H=256, B=4096: 0.75 and 0.68 ms).
+    Of 192 registers for weights some go to shared memory: with 32 up to 64 bytes spill where the gates are saved (code for
+    sm_89), with 48 none.  Where a program may have more than 99 KB, 32 are faster (H200, H=1024, B=64: 1.40 ms, with 64 1.52).
+    """
+    share = 0 if registers < 192 else 3 if shared_bytes <= _SHARED_BYTES else 2
+    slice_bytes = _padded(hidden) // slices * element_bytes
+    for tile in (16, 8) if rows >= (16 if element_bytes == 4 else 49) else (8,):
+        tiles = -(-rows // tile)
+        tiles += tiles > 1 and tiles % 2  # they come in pairs
+        for pieces in (1, 2, 4):
+            in_flight = tile * _padded(hidden) * element_bytes // 1024 // pieces  # registers
+            if in_flight not in range(4, 33) or slice_bytes // pieces < 128:
+                continue
+            plan = StagedPlan(units, tile, tiles, slices, unit_warps, pieces, share)
+            if tiles <= _MOST_TILES and plan.shared_bytes(hidden, element_bytes) <= shared_bytes:
+                return plan
+            if tile == 16:
+                break  # 8 rows in one piece are faster than 16 in several that need not be (H=512, B=256: 0.31 and 0.40 ms)
+    return None
+
+
+def _staged_us(plan: StagedPlan, registers: int, programs: int, hidden: int, element_bytes: int) -> float:
+    """Microseconds of a step on an H200, fitted to 14 plans (docs/results/sweep-h200.json; off by up to a quarter).
+
+    A crossing and two barriers, then for each tile a wait and products in proportion to its weights and rows, and the states
+    that all programs read from L2.
+    """
+    megabytes = 1e-6 * programs * plan.rows * plan.tiles * hidden * element_bytes
+    return 0.7 + plan.tiles * (0.15 + 0.55 * registers / 192 * plan.rows / 8) + 0.065 * megabytes
 
 
 def _lanes(lanes: int) -> str:
@@ -270,62 +381,28 @@ def _lanes(lanes: int) -> str:
 
 # ---- prediction ---------------------------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class Measured:
-    """A row of the table in docs/design/whole-sequence.md: one shape, measured on one H200 with a prototype of the kernels."""
-
-    shape: str
-    element_bytes: int
-    milliseconds: float
-    steps: int
-    batch: int
-    hidden: int
-    lanes: int = 1
-    reverse: bool = False
-    launches: int = 1
-    tiles: int = 1
-
-    @property
-    def us_a_step(self) -> float:
-        return 1e3 * self.milliseconds / (self.launches * _wavefront_steps(self.steps, self.lanes, self.reverse))
-
-
-# Where the table has several versions of a shape, the one whose plan is the nearest to the present.
-_MEASURED = (
-    Measured("kb39", 2, 0.594, steps=512, batch=10, hidden=256, lanes=6),
-    Measured("kb39", 4, 0.783, steps=512, batch=10, hidden=256, lanes=6),
-    Measured("stream", 2, 0.823, steps=1000, batch=1, hidden=256, lanes=2),
-    Measured("stream", 4, 0.912, steps=1000, batch=1, hidden=256, lanes=2),
-    Measured("speech", 2, 1.106, steps=1000, batch=32, hidden=256, lanes=2),
-    Measured("speech", 4, 1.260, steps=1000, batch=32, hidden=256, lanes=2),
-    Measured("h512", 2, 0.453, steps=256, batch=16, hidden=512, lanes=2),
-    Measured("h512", 4, 0.620, steps=256, batch=16, hidden=512, lanes=2),
-    Measured("kb41", 2, 2.674, steps=512, batch=10, hidden=256, lanes=2, reverse=True, launches=6),
-    Measured("kb41", 4, 3.143, steps=512, batch=10, hidden=256, lanes=2, reverse=True, launches=6),
-    Measured("big", 2, 0.940, steps=256, batch=64, hidden=1024, tiles=2),
-    Measured("big", 4, 2.013, steps=256, batch=64, hidden=1024, tiles=2),
-    Measured("rl", 2, 0.294, steps=64, batch=256, hidden=512, tiles=2),
-    Measured("rl", 4, 0.412, steps=64, batch=256, hidden=512, tiles=4),
-    Measured("wide", 2, 0.748, steps=128, batch=1024, hidden=256, tiles=2),
-    Measured("wide", 4, 0.995, steps=128, batch=1024, hidden=256, tiles=4),
-    Measured("h128", 2, 0.166, steps=200, batch=128, hidden=128),
-    Measured("h128", 4, 0.197, steps=200, batch=128, hidden=128),
-    Measured("h64", 2, 0.141, steps=200, batch=64, hidden=64, lanes=2),
-    Measured("h64", 4, 0.173, steps=200, batch=64, hidden=64, lanes=2),
-)
+# Microseconds of a step on an H200, medians of docs/results/sweep-h200.json, (100 steps - 16 steps) / 84, by units, padded to a
+# power of two, and bytes of an element.  Single values were up to 1.6 times as much.
+_RESIDENT_US = {
+    (16, 2): 0.26, (16, 4): 0.26, (32, 2): 0.28, (32, 4): 0.33, (64, 2): 0.31, (64, 4): 0.50, (128, 2): 0.59, (128, 4): 0.88,
+}  # fmt: skip
+_WAVEFRONT_US = {
+    (64, 2): 0.5, (64, 4): 0.58, (128, 2): 0.82, (128, 4): 0.93, (256, 2): 0.79, (256, 4): 1.04, (512, 2): 1.15, (512, 4): 1.3,
+    (1024, 2): 1.52, (1024, 4): 2.8,
+}  # fmt: skip
+_STACK = 1.35  # resident: what a step of a stack takes more
+_SIXTEEN_ROWS = 1.6  # wavefront: what a tile of 16 rows takes more than one of 8
 
 
 @dataclass(frozen=True)
 class Prediction:
     """What a linear model says of a forward pass; nobody has measured it.
 
-    steps: of the longest chain, over all launches.  us_a_step: microseconds.  source: the measured shape that it comes from.
+    steps: of the longest chain, over all launches.  us_a_step: microseconds.
     """
 
     steps: int
     us_a_step: float
-    source: Measured
 
     @property
     def us(self) -> float:
@@ -343,30 +420,22 @@ def predict(
     reverse: bool,
     multiprocessors: int = 128,
 ) -> Prediction:
-    """Time of a forward pass by a linear model: number of steps times the time of a step of the nearest measured shape.
+    """Time of a forward pass by a linear model: number of steps times the time of a step on an H200.
 
     A launch takes T + lanes - 1 steps where layers run one behind the other, T steps otherwise; that many more times where its
-    programs wait for nobody and are more than the GPU has multiprocessors.  The nearest shape is one of the same padded H (64
-    for less) and element size, if possible also with one tile or several as here and stacked or not as here, and then of the
-    nearest batch; with another number of tiles the time of a step is taken to be proportional to it.
+    programs wait for nobody and are more than the GPU has multiprocessors.
 
-    Left out: how a GPU differs from an H200 (clock, tensor cores, L2), the number of inputs, what changed in the kernels since.
+    Left out: how a GPU differs from an H200 (clock, tensor cores, L2), the product that makes the input projection, the launch.
     """
+    kernel, sizes = plan.kernel, (max(16, _padded(hidden)), element_bytes)
+    programs = plan.programs(batch, hidden)
     stack = plan.lanes > 1 and not reverse
-    tiles = plan.kernel.tiles if isinstance(plan.kernel, WavefrontPlan) else 1
-    padded = max(64, 1 << (hidden - 1).bit_length())
-    source = min(
-        (m for m in _MEASURED if (m.element_bytes, m.hidden) == (element_bytes, padded)),
-        key=lambda m: (
-            (m.tiles > 1) != (tiles > 1),
-            (m.lanes > 1 and not m.reverse) != stack,
-            abs(math.log2(m.batch / batch)),
-        ),
-    )
-    waves = -(-plan.programs(batch, hidden) // multiprocessors)
-    length = _wavefront_steps(steps, plan.lanes, reverse) * plan.launches(layers, reverse=reverse) * waves
-    return Prediction(length, source.us_a_step * tiles / source.tiles, source)
-
-
-def _wavefront_steps(steps: int, lanes: int, reverse: bool) -> int:
-    return steps if reverse else steps + lanes - 1
+    if isinstance(kernel, StagedPlan):
+        us = _staged_us(kernel, _weight_registers(kernel.units, *sizes), programs, hidden, element_bytes)
+    elif isinstance(kernel, ResidentPlan):
+        us = _RESIDENT_US[sizes] * (_STACK if stack else 1)
+    else:
+        us = _WAVEFRONT_US[sizes] * (_SIXTEEN_ROWS if kernel.rows == 16 else 1)
+    waves = 1 if plan.waits(reverse=reverse) else -(-programs // multiprocessors)
+    length = (steps + plan.lanes - 1 if stack else steps) * plan.launches(layers, reverse=reverse) * waves
+    return Prediction(length, us)

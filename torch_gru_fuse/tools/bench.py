@@ -2,16 +2,21 @@
 called eagerly, compiled, compiled with reduce-overhead and replayed from a CUDA graph, all in one run.
 
 A shape's results are compared with float64 first; where one is wrong no time of the shape is printed. Errors are relative
-to the RMS of the float64 result, the greatest and the RMS, beside those of PyTorch's own GRU. Times are medians. The ratio to
-quote is that of the two CUDA graphs.
+to the RMS of the float64 result, the greatest and the RMS, beside those of PyTorch's own GRU; a mark says where ours is the
+larger one. Times are medians. The ratio to quote is that of the two CUDA graphs.
 
     python -m torch_gru_fuse bench
+    python -m torch_gru_fuse bench --as sm89 --shapes kb39,speech --dtypes float16
     python -m torch_gru_fuse bench --shapes kb39,h512 --dtypes float16 --train --json times.json --plot times.png
     python -m torch_gru_fuse bench --T 100 --B 8 --I 64 --H 256 --layers 2
 
+--as sm89 plans for an RTX 4090 (128 multiprocessors, 99 KB of shared memory a program) and compiles for it; only the last
+step, from PTX to machine code, is for the GPU at hand, which needs compute capability 8.9 or more. Its times are its own, not
+a 4090's. The planning alone is what TORCH_GRU_FUSE_GPU=rtx4090 does.
+
 On a CPU there are no CUDA graphs, and the default shapes would take minutes: give --shapes or sizes.
 
-Exit status: 0, or 1 when a result was wrong.
+Exit status: 0; 1 when a result was wrong; 2 when the arguments or the environment are.
 """
 
 from __future__ import annotations
@@ -32,6 +37,8 @@ from torch import Tensor, nn
 from torch.hub import tqdm  # the real one where it is installed, else a plain counter
 
 import torch_gru_fuse
+from torch_gru_fuse import torch_hooks
+from torch_gru_fuse.tools import emulate
 
 SUMMARY = "time GRUs of many shapes against cuDNN"
 
@@ -67,8 +74,12 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 # A result this many times as far from float64 as PyTorch's own is wrong, not inexact: summing in another order or rounding in
 # another place changes an error by less than 2, a missing term by hundreds.
 WRONG = 4.0
-# ... if it is that far at least, in units of the dtype's eps: PyTorch's own result can happen to be nearly exact.
-WRONG_EPS = 16.0
+# ... if it is that far at least, (greatest, RMS) in units of the dtype's eps: PyTorch's own result can happen to be nearly
+# exact.  Rounding a result to its dtype alone costs up to 1/2 eps of the value, and values of 8 times the RMS are rare.
+WRONG_EPS = (8.0, 1.0)
+# From here on a result that is not wrong is marked as less exact: the aim is 1.1 times PyTorch's own error.
+LESS_EXACT = 1.1
+TF32_EPS = 2.0**-11  # what rounding an operand costs at most
 
 
 @dataclass
@@ -80,6 +91,8 @@ class Row:
         milliseconds: median time by way of running, empty where a result was wrong.
         failed: why a way could not run, by way.
         wrong: which results are wrong.
+        less_exact: what to know of "fused" beside its error, if anything.
+        ran: the kernel that the op chose for "fused", and why.
     """
 
     name: str
@@ -90,6 +103,8 @@ class Row:
     milliseconds: dict[str, float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
+    less_exact: str = ""
+    ran: str = ""
 
     def ratio(self, ours: str, theirs: str) -> float | None:
         times = self.milliseconds
@@ -104,10 +119,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtypes", default="float32,float16", metavar="NAMES", help=f"of {', '.join(DTYPES)} (%(default)s)")
     parser.add_argument("--train", action="store_true", help="forward and backward instead of forward")
     parser.add_argument("--device", default=None, help="default: the GPU if there is one")
-    parser.add_argument("--repeat", type=int, default=11, help="timed calls of each way, after two that are not (%(default)s)")
+    parser.add_argument(
+        "--repeat", type=int, default=11, help="timed calls of each way at least, after two that are not (%(default)s)"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave out the ways that call torch.compile")
     parser.add_argument(
-        "--as", dest="architecture", choices=["sm89"], default=None, help="compile the Triton kernels as for this GPU"
+        "--as",
+        dest="architecture",
+        choices=list(emulate.ARCHITECTURES),
+        default=None,
+        help="plan and compile the Triton kernels as for a GPU of this architecture",
     )
     parser.add_argument("--json", metavar="FILE", help="write the rows to FILE, - for standard output")
     parser.add_argument("--plot", metavar="FILE", help="draw the ratios (needs matplotlib)")
@@ -209,42 +230,93 @@ def _error(results: list[Tensor], exact: list[Tensor]) -> tuple[float, float]:
 
 
 def _is_wrong(error: tuple[float, float], own: tuple[float, float], dtype: torch.dtype) -> bool:
-    floor = WRONG_EPS * torch.finfo(dtype).eps
-    return any(not e <= max(WRONG * o, floor) for e, o in zip(error, own, strict=True))
+    return _judge(error, own, dtype)[0]
+
+
+def _judge(error: tuple[float, float], own: tuple[float, float], dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether a result is wrong, and if not, how it is less exact than PyTorch's own; each error is (greatest, RMS).
+
+    Where float32 products may use TF32, PyTorch may still do without, as cuDNN does for few units: a result with the error of
+    TF32 is then not wrong, but never passes without a word.
+    """
+
+    def within(factor: float, eps: float) -> bool:
+        return all(
+            math.isfinite(e) and e <= max(factor * o, units * eps) for e, o, units in zip(error, own, WRONG_EPS, strict=True)
+        )
+
+    eps = torch.finfo(dtype).eps
+    if within(WRONG, eps):
+        return False, f"{error[1] / own[1]:.2f} times the error" if own[1] > 0 and error[1] > LESS_EXACT * own[1] else ""
+    if dtype == torch.float32 and torch.cuda.is_available() and torch_hooks.rnn_allows_tf32() and within(WRONG, TF32_EPS):
+        return False, "TF32, which is allowed; PyTorch's own is more exact"
+    return True, ""
+
+
+_ENOUGH_MS = 20.0  # a way is timed until this is over ..
+_MOST_CALLS = 500  # .. or it was called so often, but always as often as --repeat says
+_SHORT_MS, _BLOCK_MS = 0.1, 1.0  # calls shorter than the one are captured many in a graph, which takes about the other
 
 
 def _milliseconds(run: Callable[[], object], device: torch.device, repeat: int) -> float:
+    """Median time of a call; of a `_Replay`, of one of the calls in it."""
     for _ in range(2):
         run()
-    times = []
+    times: list[float] = []
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        for _ in range(repeat):
+    while len(times) < repeat or (sum(times) < _ENOUGH_MS and len(times) < _MOST_CALLS):
+        if device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             run()
             end.record()
             torch.cuda.synchronize(device)
             times.append(start.elapsed_time(end))
-    else:
-        for _ in range(repeat):
+        else:
             begin = time.perf_counter()
             run()
             times.append((time.perf_counter() - begin) * 1e3)
-    return median(times)
+    return median(times) / getattr(run, "calls", 1)
 
 
-def _graph(run: Callable[[], object]) -> Callable[[], None]:
+@dataclass(frozen=True)
+class _Replay:
+    """A CUDA graph with so many calls, one after the other; each replay puts its last results where the first put them."""
+
+    graph: torch.cuda.CUDAGraph
+    calls: int
+    results: Any = None
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def _calls_a_graph(milliseconds: float) -> int:
+    """How many calls of that length to capture: starting a graph, and the clock of the events, would count in a short one."""
+    if milliseconds >= _SHORT_MS:
+        return 1
+    return min(100, max(1, round(_BLOCK_MS / max(milliseconds, 1e-3))))
+
+
+def _graph(run: Callable[[], object]) -> _Replay:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):
             run()
     torch.cuda.current_stream().wait_stream(side)
+    replay = _capture(run, 1)
+    calls = _calls_a_graph(_milliseconds(replay, torch.device("cuda"), 3))
+    return replay if calls == 1 else _capture(run, calls)
+
+
+def _capture(run: Callable[[], object], calls: int) -> _Replay:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+        for _ in range(calls):
+            results = run()
+    return _Replay(graph, calls, results)
 
 
 def _ways(problem: Problem, device: torch.device, compile_: bool) -> Iterator[tuple[str, Callable[[], Callable[[], object]]]]:
@@ -260,56 +332,98 @@ def _ways(problem: Problem, device: torch.device, compile_: bool) -> Iterator[tu
         yield "reduce-overhead", lambda: problem.compiled(True, fullgraph=True, mode="reduce-overhead")
 
 
-def measure(
-    name: str, shape: Shape, dtype_name: str, device: torch.device, *, train: bool, repeat: int, compile_: bool
-) -> Row:
+def measure(name: str, shape: Shape, dtype_name: str, device: torch.device, *, train: bool, repeat: int, compile_: bool) -> Row:
     """Check one shape and dtype, and time it if it is right."""
     dtype = DTYPES[dtype_name]
     row = Row(name, dtype_name, train, shape)
     problem = Problem(shape, dtype, device, train)
     with torch.set_grad_enabled(train):
         exact = problem.exact()
-        for way, run in (("own", problem.own), ("fused", problem.fused)):
-            row.errors[way] = _error(run(), exact)
-        row.wrong = [way for way in ("fused",) if _is_wrong(row.errors[way], row.errors["own"], dtype)]
-        if row.wrong:
+        row.errors["own"] = _error(problem.own(), exact)
+        try:
+            row.errors["fused"] = _error(problem.fused(), exact)
+            torch_gru_fuse.check_errors()
+        except Exception as reason:  # of the compiler, the launch, the driver: the next shape may still run
+            row.errors["fused"], row.failed["fused"] = (math.inf, math.inf), _first_line(reason)
+        wrong, row.less_exact = _judge(row.errors["fused"], row.errors["own"], dtype)
+        row.ran = _what_ran(problem, shape, dtype, device)
+        if wrong:
+            row.wrong.append("fused")
             return row
         times = {}
         for way, make in _ways(problem, device, compile_):
             try:
                 run = make()
                 if "compiled" in way or way == "reduce-overhead":
-                    error = _error([t.clone() for t in run()], exact)
-                    if _is_wrong(error, row.errors["own"], dtype):
-                        row.wrong.append(way)
+                    row.errors[way] = _error([t.clone() for t in run()], exact)
                 times[way] = _milliseconds(run, device, repeat)
-            except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as reason:
-                row.failed[way] = str(reason).splitlines()[0]
+                if isinstance(run, _Replay):
+                    row.errors[way] = _error(run.results, exact)
+                torch_gru_fuse.check_errors()
+                if way in row.errors and _is_wrong(row.errors[way], row.errors["own"], dtype):
+                    row.wrong.append(way)
+            except Exception as reason:
+                times.pop(way, None)
+                row.failed[way] = _first_line(reason)
         if not row.wrong:
             row.milliseconds = times
     return row
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _what_ran(problem: Problem, shape: Shape, dtype: torch.dtype, device: torch.device) -> str:
+    """The plan of the op for a call that it has just run."""
+    if device.type != "cuda":
+        return "torch"
+    from torch_gru_fuse.ops.support import gpu_of, why_not_kernels
+    from torch_gru_fuse.planner.plan import plan_gru
+
+    plan = plan_gru(
+        shape.T, shape.B, shape.I, shape.H, shape.L, shape.D, str(dtype), tf32_allowed=torch_hooks.rnn_allows_tf32(),
+        training=problem.train, cudnn=torch_hooks.cudnn_runs(problem.x), unsupported=why_not_kernels(problem.x),
+        gpu=gpu_of(problem.x.get_device()),
+    )  # fmt: skip
+    return f"{plan.kernel if plan.whole is None else plan.whole} ({plan.reason})"
+
+
 COLUMNS = ("own", "own, graph", "compiled without", "fused", "compiled", "reduce-overhead", "fused, graph")
+
+
+# What is printed of the ratios, by name: theirs / ours.
+RATIOS_CUDA = {"graph ratio": ("own, graph", "fused, graph"), "eager ratio": ("own", "fused")}
+RATIOS_CPU = {"ratio": ("own", "fused")}
+
+
+def _ratios(row: Row, device: torch.device) -> dict[str, float | None]:
+    pairs = RATIOS_CUDA if device.type == "cuda" else RATIOS_CPU
+    return {name: row.ratio(ours, theirs) for name, (theirs, ours) in pairs.items()}
 
 
 def _format(rows: list[Row], device: torch.device) -> str:
     columns = [c for c in COLUMNS if any(c in r.milliseconds for r in rows)]
-    headline = ("fused, graph", "own, graph") if device.type == "cuda" else ("fused", "own")
-    head = f"{'shape':9} {'dtype':9}" + "".join(f"{c:>18}" for c in columns) + f"{'ratio':>8}  {'error (rms)':>12} {'own':>9}"
-    lines = [head]
+    pairs = RATIOS_CUDA if device.type == "cuda" else RATIOS_CPU
+    head = f"{'shape':9} {'dtype':9}" + "".join(f"{c:>18}" for c in columns) + "".join(f"{name:>13}" for name in pairs)
+    lines = [f"{head}  {'error: rms':>10} {'own':>8} {'greatest':>9} {'own':>8}"]
     for row in rows:
         start = f"{row.name:9} {row.dtype:9}"
-        errors = f"{row.errors['fused'][1]:12.1e} {row.errors['own'][1]:9.1e}"
+        (greatest, rms), (own_greatest, own_rms) = row.errors["fused"], row.errors["own"]
+        errors = f"  {rms:10.1e} {own_rms:8.1e} {greatest:9.1e} {own_greatest:8.1e}"
         if row.wrong:
-            lines.append(f"{start}  WRONG: {', '.join(row.wrong)}; no times{errors:>30}")
+            also = "".join(f"; {way} {row.errors[way][1]:.1e}" for way in row.wrong if way != "fused")
+            lines.append(f"{start}  WRONG: {', '.join(row.wrong)}; no times; errors{errors}{also}")
             continue
-        times = "".join(f"{row.milliseconds[c]:18.3f}" if c in row.milliseconds else f"{'-':>18}" for c in columns)
-        ratio = row.ratio(*headline)
-        lines.append(f"{start}{times}{'-' if ratio is None else f'{ratio:.2f}x':>8}  {errors}")
+        times = "".join(f"{row.milliseconds[c]:18.4f}" if c in row.milliseconds else f"{'-':>18}" for c in columns)
+        ratios = "".join(f"{'-' if ratio is None else f'{ratio:.2f}x':>13}" for ratio in _ratios(row, device).values())
+        lines.append(f"{start}{times}{ratios}{errors}{f'  ! {row.less_exact}' if row.less_exact else ''}")
     lines += [f"{row.name} {row.dtype}, {way}: {why}" for row in rows for way, why in row.failed.items()]
-    lines.append(f"Milliseconds, medians. own: PyTorch's GRU{' (cuDNN)' if device.type == 'cuda' else ''}. "
-                 f"ratio: {headline[1]} / {headline[0]}.")  # fmt: skip
+    quotients = ", ".join(f"{name}: {theirs} / {ours}" for name, (theirs, ours) in pairs.items())
+    lines.append(
+        f"Milliseconds, medians. own: PyTorch's GRU{' (cuDNN)' if device.type == 'cuda' else ''}. {quotients}. "
+        "error: of fused, against float64, relative to its RMS, beside PyTorch's own."
+    )
     return "\n".join(lines)
 
 
@@ -336,20 +450,8 @@ def _plot(rows: list[Row], device: torch.device, file: str) -> None:
     pyplot.close(figure)
 
 
-@contextlib.contextmanager
-def _architecture(name: str | None) -> Iterator[None]:
-    """Triton's front end compiles for another GPU; only the last step, from PTX on, is for the one at hand."""
-    if name is None:
-        yield
-        return
-    import triton
-
-    before = triton.knobs.runtime.override_arch
-    triton.knobs.runtime.override_arch = name
-    try:
-        yield
-    finally:
-        triton.knobs.runtime.override_arch = before
+def _architecture(name: str | None) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext() if name is None else emulate.emulating(name)
 
 
 def _context(device: torch.device) -> dict[str, str]:
@@ -373,22 +475,33 @@ def run(arguments: argparse.Namespace) -> int:
         device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda" and not torch.cuda.is_available():
             raise BenchError(f"--device is {device}, but torch sees no CUDA device")
+        if arguments.architecture and device.type != "cuda":
+            raise BenchError(f"--as {arguments.architecture} is for a GPU, the device is {device}")
         if arguments.plot:
             import matplotlib  # noqa: F401  (before the measurements, not after them)
     except (BenchError, ImportError, RuntimeError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    rows = []
-    with _architecture(arguments.architecture), tqdm(total=len(shapes) * len(dtypes), disable=not sys.stderr.isatty()) as bar:
-        for name, shape in shapes.items():
-            for dtype in dtypes:
-                rows.append(measure(
-                    name, shape, dtype, device,
-                    train=arguments.train, repeat=arguments.repeat, compile_=not arguments.no_compile,
-                ))  # fmt: skip
-                bar.update(1)
-    context = _context(device) | ({"compiled as": arguments.architecture} if arguments.architecture else {})
-    document = {"context": context, "rows": [asdict(row) for row in rows]}
+    rows: list[Row] = []
+    try:
+        with _architecture(arguments.architecture) as gpu:
+            if gpu is not None:
+                emulate.check_planner(gpu, torch.cuda.current_device() if device.index is None else device.index)
+            with tqdm(total=len(shapes) * len(dtypes), disable=not sys.stderr.isatty()) as bar:
+                for name, shape in shapes.items():
+                    for dtype in dtypes:
+                        rows.append(measure(
+                            name, shape, dtype, device,
+                            train=arguments.train, repeat=arguments.repeat, compile_=not arguments.no_compile,
+                        ))  # fmt: skip
+                        bar.update(1)
+    except emulate.EmulationError as error:
+        print(f"bench: --as {arguments.architecture}: {error}", file=sys.stderr)
+        return 2
+    context = _context(device)
+    if gpu is not None:
+        context["planned and compiled for"] = f"{gpu.name} ({arguments.architecture}, {gpu.multiprocessors} multiprocessors)"
+    document = {"context": context, "rows": [{**asdict(row), "ratios": _ratios(row, device)} for row in rows]}
     if arguments.json == "-":
         print(json.dumps(document, indent=1))
     else:

@@ -1,7 +1,12 @@
-"""Print which kernel is planned for a whole sequence of a GRU on a GPU, and what the ops of this version run instead.
+"""Print which whole-sequence kernel is planned for the forward pass of a GRU on a GPU, and what the ops run for it.
 
 No GPU is needed, also not with --compile: the compiler then makes the code for that GPU and says what it takes. The time is
-predicted by a linear model from measurements of a prototype on an H200 (docs/design/whole-sequence.md); it is no measurement.
+predicted by a linear model from measurements on an H200; it is no measurement.
+
+    python -m torch_gru_fuse plan --T 512 --B 10 --I 128 --H 256 --layers 6 --dtype float16
+    python -m torch_gru_fuse plan --gpu rtx4090 --T 512 --B 10 --I 128 --H 256 --layers 6 --bidirectional --compile --json
+
+--gpu is a name, or cuda, cuda:1, ... for a GPU at hand; without it the current one is taken.
 
 Exit status: 0 with an answer, also where no kernel is planned; 2 when the arguments or the environment are wrong.
 """
@@ -14,7 +19,7 @@ from dataclasses import asdict, dataclass
 from torch_gru_fuse.planner.gpus import GPU, GPUS, gpu_named
 from torch_gru_fuse.planner.plan import Plan, plan_gru
 from torch_gru_fuse.planner.whole_sequence import (
-    Prediction,
+    StagedPlan,
     WholeSequencePlan,
     plan_whole_sequence,
     predict,
@@ -22,7 +27,7 @@ from torch_gru_fuse.planner.whole_sequence import (
     why_not_gpu,
 )
 
-SUMMARY = "print the kernel that is planned for a GRU on a GPU, without one"
+SUMMARY = "print the kernel that is planned for a GRU on a GPU, which need not be there"
 
 ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
@@ -58,7 +63,7 @@ class Report:
     """What the command prints; --json prints exactly this.  None: no kernel is planned, or it was not compiled.
 
     Attributes:
-        kernel: "wavefront" or "resident", the planned kernel.
+        kernel: "resident", "wavefront" or "staged", the planned kernel.
         grid: of one launch.
         num_programs: programs of one launch.
         num_warps: of a program.
@@ -66,8 +71,8 @@ class Report:
         spills: bytes of a thread's registers that are spilled.
         shared_bytes: of a program.
         resident_per_sm: programs that a multiprocessor holds at once.
-        predicted_us: microseconds of a forward pass by ``planner.whole_sequence.predict``; nobody has measured it.
-        reason: why this kernel or none, where the prediction comes from, and what the ops run today.
+        predicted_us: microseconds of a forward pass by a model; nobody has measured it.
+        reason: why this kernel or none, where the prediction comes from, and what the ops run.
     """
 
     kernel: str | None = None
@@ -83,7 +88,9 @@ class Report:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--gpu", type=_gpu, required=True, help=f"one of {', '.join(GPUS)}")
+    parser.add_argument(
+        "--gpu", metavar="GPU", help=f"one of {', '.join(GPUS)}, or cuda, cuda:1, ... for one at hand (default: cuda)"
+    )
     parser.add_argument("--T", type=_positive, required=True, metavar="N", help="time steps")
     parser.add_argument("--B", type=_positive, required=True, metavar="N", help="batch")
     parser.add_argument("--I", type=_positive, required=True, metavar="N", help="inputs of the lowest layer")
@@ -100,11 +107,12 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.T, arguments.B, arguments.I, arguments.H, arguments.layers, arguments.bidirectional, arguments.dtype
     )
     try:
-        report = plan(arguments.gpu, shape, compile=arguments.compile)
+        gpu = _gpu(arguments.gpu)
+        report = plan(gpu, shape, compile=arguments.compile)
     except PlanError as error:
         print(f"torch_gru_fuse plan: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(asdict(report), indent=2) if arguments.json else _format(report, arguments.gpu, shape))
+    print(json.dumps(asdict(report), indent=2) if arguments.json else _format(report, gpu, shape))
     return 0
 
 
@@ -112,38 +120,45 @@ def plan(gpu: GPU, shape: Shape, *, compile: bool = False) -> Report:
     """The planned kernel for a forward pass, and, if ``compile``, what the compiler makes of it."""
     refused = why_not_gpu(gpu)
     try:
-        today = plan_gru(
+        ops = plan_gru(
             shape.T, shape.B, shape.I, shape.H, shape.layers, shape.directions, f"torch.{shape.dtype}",
-            tf32_allowed=True, training=False, cudnn=True, unsupported=refused if gpu.capability < (8, 0) else None,
+            tf32_allowed=True, training=False, cudnn=True, unsupported=refused if gpu.capability < (8, 0) else None, gpu=gpu,
         )  # fmt: skip
     except ValueError as error:  # TORCH_GRU_FUSE_KERNELS
         raise PlanError(f"{error}.") from error
     lanes = 2 if shape.bidirectional else shape.layers
     sizes = (shape.B, shape.H, lanes, ELEMENT_BYTES[shape.dtype])
-    options = dict(reverse=shape.bidirectional, multiprocessors=gpu.multiprocessors)
+    options = dict(reverse=shape.bidirectional, multiprocessors=gpu.multiprocessors, shared_bytes=gpu.shared_bytes_per_program)
     refused = refused or why_no_plan(*sizes, **options)
     if refused is not None:
-        return Report(reason=f"No whole-sequence kernel is planned: {refused}. {_today(today)}")
-    planned = plan_whole_sequence(*sizes, **options)
-    prediction = predict(
-        planned, steps=shape.T, batch=shape.B, hidden=shape.H, layers=shape.layers,
-        element_bytes=ELEMENT_BYTES[shape.dtype], **options,
-    )  # fmt: skip
+        return Report(reason=f"No whole-sequence kernel is planned: {refused}. {_what_the_ops_run(ops, None)}")
+    planned = ops.whole or plan_whole_sequence(*sizes, **options)
+    us, source = _predicted(gpu, planned, shape)
     programs = planned.programs(shape.B, shape.H)
     registers, spills, shared_bytes, resident = _compile(gpu, shape, planned) if compile else [None] * 4
     sentences = [
         f"Planned: {planned.kernel.name}, {_launches(planned, shape)}.",
-        _precision(shape, today),
+        _precision(shape, ops),
         _verdict(gpu, planned, shape, spills, resident) if compile else "",
-        f"Predicted, not measured: {_source(prediction, gpu)}.",
-        "The ops of this version do not call the whole-sequence kernels yet, which ran on a GPU only as a prototype.",
-        _today(today),
+        source,
+        _what_the_ops_run(ops, planned),
     ]
     return Report(
         kernel=planned.kernel.name, grid=[programs], num_programs=programs, num_warps=planned.kernel.num_warps,
         registers=registers, spills=spills, shared_bytes=shared_bytes, resident_per_sm=resident,
-        predicted_us=round(prediction.us, 1), reason=" ".join(s for s in sentences if s),
+        predicted_us=round(us, 1), reason=" ".join(s for s in sentences if s),
     )  # fmt: skip
+
+
+def _predicted(gpu: GPU, planned: WholeSequencePlan, shape: Shape) -> tuple[float, str]:
+    """Microseconds, by the planner's model, and a sentence on where they come from."""
+    made = predict(
+        planned, steps=shape.T, batch=shape.B, hidden=shape.H, layers=shape.layers, element_bytes=ELEMENT_BYTES[shape.dtype],
+        reverse=shape.bidirectional, multiprocessors=gpu.multiprocessors,
+    )  # fmt: skip
+    elsewhere = "" if "H200" in gpu.name else ", not corrected for another GPU"
+    text = f"{made.steps} steps of {made.us_a_step:.2f} us, a model of measurements on an H200{elsewhere}"
+    return made.us, f"Predicted, not measured: {text}."
 
 
 def _compile(gpu: GPU, shape: Shape, planned: WholeSequencePlan) -> list[int]:
@@ -176,38 +191,42 @@ def _launches(planned: WholeSequencePlan, shape: Shape) -> str:
     return f"{what}, {number} launch{'es' if number > 1 else ''}"
 
 
-def _precision(shape: Shape, today: Plan) -> str:
+def _precision(shape: Shape, ops: Plan) -> str:
     if shape.dtype != "float32":
         return ""
     text = "Its float32 products use TF32"
-    return f"{text}." if today.tf32 else f"{text}; the ops, as cuDNN, do not for so few units."
+    return f"{text}." if ops.tf32 else f"{text}; the ops, as cuDNN, do not for these sizes."
 
 
 def _verdict(gpu: GPU, planned: WholeSequencePlan, shape: Shape, spills: int, resident: int) -> str:
     if spills:
         return f"As compiled here it spills {spills} bytes a thread, which the plan did not expect."
     programs = planned.programs(shape.B, shape.H)
+    if not resident:
+        return "As compiled here not even one program fits a multiprocessor: it cannot be launched."
     if planned.waits(reverse=shape.bidirectional) and programs > gpu.multiprocessors * resident:
         return f"As compiled here its {programs} programs are not all on the GPU at once: it cannot be launched."
     return ""
 
 
-def _source(prediction: Prediction, gpu: GPU) -> str:
-    source = prediction.source
-    dtype = "float32" if source.element_bytes == 4 else "float16"
-    text = (
-        f"{prediction.steps} steps of {prediction.us_a_step:.2f} us, from {source.shape} in {dtype} "
-        f"({source.milliseconds:.3f} ms with a prototype on an H200, docs/design/whole-sequence.md)"
-    )
-    return text if "H200" in gpu.name else f"{text}, not corrected for another GPU"
+def _what_the_ops_run(ops: Plan, planned: WholeSequencePlan | None) -> str:
+    """``ops``: their plan for the same call, with TORCH_GRU_FUSE_KERNELS as it is set."""
+    if ops.kernel == "torch":
+        what = "PyTorch's own GRU, cuDNN on this GPU"
+    elif ops.kernel == "step" and ops.tile is not None:
+        tile = f"a tile of {ops.tile.block_b} rows and {ops.tile.block_u} units"
+        what = f"the step kernel, one launch a time step and layer, {tile}"
+    elif ops.kernel == "whole":
+        what = "this plan" if ops.whole == planned else f"whole sequences by {ops.whole}"
+    else:
+        what = f"the {ops.kernel} kernel"
+    return f"The ops run {what} ({ops.reason})."
 
 
-def _today(today: Plan) -> str:
-    what = "PyTorch's own GRU, cuDNN on this GPU"
-    if today.tile is not None:
-        tile = f"a tile of {today.tile.block_b} rows and {today.tile.block_u} units"
-        what = f"the {today.kernel} kernel, one launch a time step and layer, {tile}"
-    return f"Today the ops run {what} ({today.reason})."
+def _tile(planned: WholeSequencePlan) -> str:
+    kernel = planned.kernel
+    tiles = kernel.tiles if isinstance(kernel, StagedPlan) else 1
+    return f"{kernel.units} units and {kernel.rows} rows a program" + (f", {tiles} such tiles in turn" if tiles > 1 else "")
 
 
 def _format(report: Report, gpu: GPU, shape: Shape) -> str:
@@ -221,7 +240,8 @@ def _format(report: Report, gpu: GPU, shape: Shape) -> str:
                 ("shared memory", f"{report.shared_bytes} bytes a program"),
                 ("resident", f"{report.resident_per_sm} programs a multiprocessor"),
             ]
-        rows.append(("predicted", f"{report.predicted_us:.0f} us (a model, not a measurement)"))
+        if report.predicted_us is not None:
+            rows.append(("predicted", f"{report.predicted_us:.0f} us (a model, not a measurement)"))
         lines += [f"{name:<14}{value}" for name, value in rows] + [""]
     return "\n".join(lines + report.reason.replace(". ", ".\n").splitlines())
 
@@ -236,8 +256,25 @@ def _positive(text: str) -> int:
     return value
 
 
-def _gpu(name: str) -> GPU:
-    try:
-        return gpu_named(name)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+def _gpu(name: str | None) -> GPU:
+    """A known GPU by name, or one at hand."""
+    device, _, index = (name or "cuda").lower().partition(":")
+    if device != "cuda":
+        try:
+            return gpu_named(name)
+        except ValueError as error:
+            raise PlanError(f"--gpu: {error}, or cuda, cuda:1, ... for one at hand.") from error
+    import torch
+
+    from torch_gru_fuse.ops.support import gpu_of
+
+    if not torch.cuda.is_available():
+        asked = "--gpu was not given" if name is None else f"--gpu is {name}"
+        raise PlanError(f"{asked}, but torch sees no CUDA device; expected one of {', '.join(GPUS)}.")
+    number = torch.cuda.device_count()
+    if index and not (index.isdecimal() and int(index) < number):
+        raise PlanError(f"--gpu is {name}, expected cuda:0 to cuda:{number - 1}.")
+    gpu = gpu_of(int(index) if index else torch.cuda.current_device())
+    if gpu is None:
+        raise PlanError(f"--gpu is {name or 'cuda'}, but the GPU at hand is not an NVIDIA GPU.")
+    return gpu

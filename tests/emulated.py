@@ -1,0 +1,423 @@
+"""A stand-in for Gluon: the kernels that run whole sequences, on a CPU.
+
+Triton's interpreter does not know Gluon, and a kernel whose programs wait for each other cannot be run one program after the
+other.  So the kernels' own source is executed with a stand-in for Gluon: blocks are torch tensors, pointers are addresses,
+every program is a thread, and ``settle`` polls the memory that the other threads write.  Layouts and PTX are beyond it; the
+compiled kernels answer for those.  So are races of warps, but for asynchronous copies: what they bring is NaN until a barrier
+after the wait, and they must not go where something was read since the last barrier.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import math
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import torch
+
+from torch_gru_fuse.kernels import wavefront
+
+
+class DType:
+    """A Triton element type."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.torch = dtype
+        self.primitive_bitwidth = dtype.itemsize * 8
+
+
+class Block(torch.Tensor):
+    """A block value."""
+
+    def to(self, dtype, bitcast=False):
+        dtype = dtype.torch if isinstance(dtype, DType) else dtype
+        if bitcast:
+            return self.view(dtype)
+        result = super().to(dtype)
+        if dtype in (torch.float16, torch.bfloat16):  # the NaN that a GPU makes; torch on a CPU may make the pattern
+            result.view(torch.int16)[result.isnan()] = 0x7FFF
+        return result
+
+    def __iadd__(self, other):  # a block is a value: += makes a new one
+        return self + other
+
+
+def block(value) -> Block:
+    return torch.as_tensor(value).as_subclass(Block)
+
+
+class Scalar(int):
+    """A number that a program does not know when it is compiled; where it is compared it becomes a block."""
+
+    def to(self, dtype):
+        return self
+
+
+def _make_operators():
+    def operator(name, wrap):
+        def operate(self, other):
+            result = getattr(int, name)(self, other)
+            return result if result is NotImplemented else wrap(result)
+
+        return operate
+
+    for name in ("add", "sub", "mul", "mod", "floordiv"):
+        setattr(Scalar, f"__{name}__", operator(f"__{name}__", Scalar))
+        setattr(Scalar, f"__r{name}__", operator(f"__r{name}__", Scalar))
+    for name in ("eq", "ne", "lt", "le", "gt", "ge"):
+        setattr(Scalar, f"__{name}__", operator(f"__{name}__", block))
+    Scalar.__hash__ = int.__hash__
+
+
+_make_operators()
+
+
+def loop(*bounds):
+    """``range`` of a kernel: a loop, not one that is unrolled."""
+    return map(Scalar, range(*bounds))
+
+
+class Pointer:
+    """Addresses of elements of one type."""
+
+    def __init__(self, address, dtype: torch.dtype):
+        self.address = address
+        self.element = dtype
+        self.dtype = SimpleNamespace(element_ty=DType(dtype))
+
+    def __add__(self, offset):
+        return Pointer(self.address + offset * self.element.itemsize, self.element)
+
+    def __sub__(self, offset):
+        return self + -offset
+
+    def to(self, dtype):
+        return block(self.address)
+
+
+def plain(*values):
+    """Tensors of one size, without what a ``Block`` costs."""
+    return torch.broadcast_tensors(*(torch.as_tensor(value).as_subclass(torch.Tensor) for value in values))
+
+
+def parts(p: Pointer, address, mask):
+    """(elements in memory, where they begin, mask) of what is accessed: in the tensors of the launch and nowhere else, or, if
+    they are not known, anywhere."""
+    wanted = address[mask]
+    if wanted.numel() == 0:
+        return
+    begin, end = wanted.min().item(), wanted.max().item() + p.element.itemsize
+    if not MEMORY:
+        yield torch.frombuffer((ctypes.c_uint8 * (end - begin)).from_address(begin), dtype=p.element), begin, mask
+        return
+    left = wanted.numel()
+    for first, last, flat in MEMORY:
+        if first < end and begin < last:
+            here = mask if first <= begin and end <= last else mask & (address >= first) & (address < last)
+            count = here.sum().item()
+            assert count == 0 or flat.dtype == p.element
+            if count:
+                yield flat, first, here
+            left -= count
+    assert left == 0, "an access outside of every tensor"
+
+
+def read(p: Pointer, mask=True, other=0.0) -> Block:
+    address, mask = plain(p.address, mask)
+    values = torch.full(address.shape, other, dtype=p.element)
+    for flat, begin, here in parts(p, address, mask):
+        values[here] = flat[(address[here] - begin) // p.element.itemsize]
+    return values.as_subclass(Block)
+
+
+def write(p: Pointer, value, mask=True):
+    address, mask, value = plain(p.address, mask, value)
+    for flat, begin, here in parts(p, address, mask):
+        flat[(address[here] - begin) // p.element.itemsize] = value[here]
+
+
+class Layout:
+    """Any layout: what it was made from."""
+
+    def __init__(self, *arguments, **options):
+        self.arguments, self.options = arguments, options
+
+
+class SharedLinearLayout(Layout):
+    def check(self, shape):
+        """Offsets, coordinates and elements are as many.  Leading dimensions that the layout does not know are buffers."""
+        bases = self.arguments[0]
+        shape = shape[-len(bases[0]) :]
+        assert 2 ** len(bases) == math.prod(shape)
+        assert [1 << max(basis[d] for basis in bases).bit_length() for d in range(len(shape))] == shape
+
+
+class Shared:
+    """Shared memory, or a view of it."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def store(self, value):
+        assert value.dtype == self.data.dtype and value.shape == self.data.shape
+        self.data.copy_(value)
+
+    def load(self, layout):
+        PROGRAM.read.add(self.data.data_ptr())
+        return self.data.clone().as_subclass(Block)
+
+    def slice(self, start, length, dim=0):
+        return Shared(self.data.narrow(dim, start, length))
+
+    def permute(self, order):
+        return Shared(self.data.permute(order))
+
+    def index(self, i):
+        return Shared(self.data[i])
+
+
+class Program(threading.local):
+    """Of each thread: which program it is; its asynchronous copies, not yet in a group, in groups, waited for but not seen by
+    all warps; where shared memory was read since the last barrier."""
+
+    def begin(self, i):
+        self.id, self.copies, self.groups, self.waited, self.read = i, [], [], [], set()
+
+    def end(self):
+        assert not self.copies and not self.groups, "the program ends before its copies"
+
+
+MEMORY: list = []
+PROGRAM = Program()
+
+
+def start_copy(s, p, mask):
+    assert s.data.data_ptr() not in PROGRAM.read, "a warp may still read what the copy overwrites"
+    PROGRAM.copies.append((s, read(p, mask)))
+    s.data.fill_(float("nan"))
+
+
+def commit_group():
+    PROGRAM.groups.append(PROGRAM.copies)
+    PROGRAM.copies = []
+
+
+def wait_group(pending):
+    while len(PROGRAM.groups) > pending:
+        PROGRAM.waited += PROGRAM.groups.pop(0)
+
+
+def barrier():
+    for s, value in PROGRAM.waited:
+        s.store(value)
+    PROGRAM.waited.clear()
+    PROGRAM.read.clear()
+
+
+def where(condition, a, b):
+    if isinstance(condition, bool):
+        if not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor):
+            return a if condition else b
+        condition = torch.tensor(condition)
+    if isinstance(a, Pointer):
+        return Pointer(where(condition, a.address, b.address), a.element)
+    return torch.where(condition, a, b).as_subclass(Block)
+
+
+def minimum(a, b):
+    return min(a, b) if isinstance(a, int) and isinstance(b, int) else torch.as_tensor(a).clamp(max=b).as_subclass(Block)
+
+
+def full(shape, value, dtype, layout=None):
+    return torch.full(shape, value, dtype=dtype.torch).as_subclass(Block)
+
+
+def allocate_shared(dtype, shape, layout):
+    if isinstance(layout, SharedLinearLayout):
+        layout.check(shape)
+    return Shared(torch.full(shape, float("nan"), dtype=dtype.torch))
+
+
+def stand_in() -> ModuleType:
+    gl = ModuleType("gluon_language")
+    for name in ("float32", "float16", "bfloat16", "int32", "int64"):
+        setattr(gl, name, DType(getattr(torch, name)))
+    for name in ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout", "SwizzledSharedLayout"):
+        setattr(gl, name, Layout)
+    gl.SharedLinearLayout = SharedLinearLayout
+    gl.constexpr = None
+    gl.cast = lambda x, dtype: x
+    gl.maximum = max  # of programs and lanes only
+    gl.barrier = barrier
+    gl.static_range = range
+    gl.program_id = lambda axis: PROGRAM.id
+    gl.arange = lambda start, end, layout: block(torch.arange(start, end))
+    gl.expand_dims = lambda x, axis: x.unsqueeze(axis)
+    gl.zeros = lambda shape, dtype, layout: full(shape, 0, dtype)
+    gl.full, gl.where, gl.minimum, gl.load, gl.store = full, where, minimum, read, write
+    gl.sum = lambda x, axis: x.sum(axis)
+    gl.convert_layout = lambda x, layout: x
+    gl.allocate_shared_memory = allocate_shared
+    return gl
+
+
+def stand_in_jit(function=None, **options):
+    return function if function is not None else stand_in_jit
+
+
+def round_tf32(x: torch.Tensor) -> torch.Tensor:
+    return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def round_operand(x):
+    return round_tf32(x) if x.dtype == torch.float32 else x
+
+
+def round_parameter(x):
+    return where(x == x, round_operand(x), float("nan"))
+
+
+def dot(w, h, acc):
+    """Tensor cores ignore what tf32 does not hold: rounding is up to the kernel."""
+    if w.dtype == torch.float32:
+        assert not any((x.contiguous().view(torch.int32) & 0x1FFF).any() for x in (w, h)), "an operand that is not tf32"
+    return acc + w.float() @ h.float()
+
+
+def issue(p, vectors, k_vectors, vector_bytes, pack):
+    """The addresses, for ``settle``.  A vector is loaded by the address of its first element."""
+    address = torch.as_tensor(p.address)
+    length = vector_bytes // p.element.itemsize
+
+    def in_vectors(axis):
+        if address.shape[axis] % length:
+            return False
+        vector = address.movedim(axis, -1).unflatten(-1, (-1, length))
+        follows = vector == vector[..., :1] + torch.arange(length) * p.element.itemsize
+        return follows.all() and (vector[..., 0] % vector_bytes == 0).all()
+
+    assert any(map(in_vectors, range(address.dim()))), "vectors that are none in memory"
+    assert pack == vectors * length
+    return address
+
+
+def settle(b, p, p_error, *rest):
+    assert torch.equal(b, p.address), "not the tile that was issued"
+    deadline = time.monotonic() + SETTLE_SECONDS
+    integer = torch.int32 if p.element == torch.float32 else torch.int16
+    while True:
+        value = read(p)
+        if not (value.as_subclass(torch.Tensor).view(integer) == -1).any():
+            break
+        if time.monotonic() > deadline or read(p_error).item() != 0:
+            write(p_error, 1)
+            ctypes.c_int32.from_address(read(p_error + 1).item()).value = read(p_error + 2).item()
+            return torch.full_like(value, float("nan"))
+        time.sleep(1e-4)
+    return round_operand(value)
+
+
+SETTLE_SECONDS = 60.0
+
+
+def load_emulated() -> SimpleNamespace:
+    """``wavefront``, ``resident`` and ``staged`` from their sources, over the stand-in."""
+    gl = stand_in()
+    gluon = ModuleType("gluon")
+    gluon.jit, gluon.constexpr_function, gluon.language = stand_in_jit, stand_in_jit, gl
+    experimental = ModuleType("experimental")
+    experimental.gluon = gluon
+    ampere = ModuleType("ampere")
+    ampere.async_copy = SimpleNamespace(
+        async_copy_global_to_shared=start_copy,
+        commit_group=commit_group,
+        wait_group=wait_group,
+    )
+    name = "triton.experimental"
+    replaced = {
+        name: experimental,
+        f"{name}.gluon": gluon,
+        f"{name}.gluon.language": gl,
+        f"{name}.gluon.language.nvidia": ModuleType("nvidia"),
+        f"{name}.gluon.language.nvidia.ampere": ampere,
+    }
+    alias = "torch_gru_fuse_kernels_emulated"
+    package = ModuleType(alias)
+    package.__path__ = [str(Path(wavefront.__file__).parent)]
+    before = {key: sys.modules.get(key) for key in replaced}
+    sys.modules.update(replaced)
+    sys.modules[alias] = package
+    try:
+        handover, lanes = (importlib.import_module(f"{alias}.{name}") for name in ("handover", "lanes"))
+        handover.issue, handover.settle = issue, settle
+        handover.prefetch = lambda address: None
+        lanes.round_operand, lanes.round_parameter = round_operand, round_parameter
+        lanes.sigmoid, lanes.tanh = torch.sigmoid, torch.tanh
+        lanes.dot = dot
+        # the kernels take over what they find there
+        kernels = {name: importlib.import_module(f"{alias}.{name}") for name in ("wavefront", "resident", "staged")}
+        for module in (handover, lanes, *kernels.values()):
+            module.range = loop
+        return SimpleNamespace(**kernels)
+    finally:
+        for key, module in before.items():
+            if module is None:
+                del sys.modules[key]
+            else:
+                sys.modules[key] = module
+
+
+EMULATED = load_emulated()
+
+
+def run(kernel, grid: tuple[int, ...], arguments: dict) -> None:
+    """All programs at once, each a thread.  Arguments are tensors, beyond which nothing is touched, or all are addresses."""
+    arguments = {k: v for k, v in arguments.items() if k not in ("launch_cooperative_grid", "maxnreg")}
+    MEMORY.clear()
+
+    def pointer(tensor):
+        begin = tensor.data_ptr()
+        if isinstance(tensor, torch.Tensor) and all(begin != other for other, _, _ in MEMORY):
+            MEMORY.append((begin, begin + tensor.numel() * tensor.itemsize, tensor.view(-1)))
+        return Pointer(begin, tensor.dtype)
+
+    for name, value in arguments.items():
+        if hasattr(value, "data_ptr"):
+            arguments[name] = pointer(value)
+        elif isinstance(value, tuple):
+            arguments[name] = tuple(pointer(tensor) for tensor in value)
+    failures = []
+
+    def program(i):
+        PROGRAM.begin(i)
+        try:
+            with torch.no_grad():
+                kernel(**arguments)
+            PROGRAM.end()
+        except BaseException as failure:  # handed to the test below
+            failures.append(failure)
+            ctypes.c_int.from_address(arguments["p_error"].address).value = 1  # the others end
+
+    threads = [threading.Thread(target=program, args=(i,)) for i in range(grid[0])]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+@contextmanager
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,193 @@
+"""What the kernels that run whole sequences in one launch share: a lane's gates, products and partial sums, and its launch.
+
+A lane is a layer of a stack, or a direction of a single layer.  Parameters are those of the module, never packed: one pointer
+a lane, of which a program selects its own.
+
+Names as in ``gates``; besides: ``l`` is a lane, ``s_`` is shared memory, U units and N batch rows make a program's tile.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+# Called thread_barrier in Triton 3.6.
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+# Called async_copy_global_to_shared up to Triton 3.7.
+async_load = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+
+
+# ---- parameters -------------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def select(pointers, i):
+    """The i-th of a tuple of pointers; the first where there is no such."""
+    p = pointers[0]
+    for k in gl.static_range(1, len(pointers)):
+        p = gl.where(i == k, pointers[k], p)
+    return p
+
+
+@gluon.jit
+def load_biases(p_b_ih, p_b_hh, l, o_u, m_u, H: gl.constexpr):
+    """fp32, shaped like o_u: b_ir + b_hr, b_iz + b_hz, b_in, b_hn of lane l; 0 without biases."""
+    if p_b_ih is None:
+        b_r = (o_u * 0).to(gl.float32)
+        b_z = b_r
+        b_n = b_r
+        b_hn = b_r
+    else:
+        p_i = select(p_b_ih, l) + o_u
+        p_h = select(p_b_hh, l) + o_u
+        b_r = gl.load(p_i, mask=m_u, other=0.0).to(gl.float32) + gl.load(p_h, mask=m_u, other=0.0).to(gl.float32)
+        b_z = gl.load(p_i + H, mask=m_u, other=0.0).to(gl.float32) + gl.load(p_h + H, mask=m_u, other=0.0).to(gl.float32)
+        b_n = gl.load(p_i + 2 * H, mask=m_u, other=0.0).to(gl.float32)
+        b_hn = gl.load(p_h + 2 * H, mask=m_u, other=0.0).to(gl.float32)
+    return b_r, b_z, b_n, b_hn
+
+
+@gluon.jit
+def share_rows(values, U: gl.constexpr):
+    """Vectors [U] in shared memory, where they take no registers."""
+    s_rows = gl.allocate_shared_memory(gl.float32, [len(values), U], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    for i in gl.static_range(len(values)):
+        s_rows.index(i).store(values[i])
+    return s_rows
+
+
+@gluon.jit
+def shared_row(s_rows, i: gl.constexpr, layout: gl.constexpr):
+    """The i-th of these vectors as [U, 1]."""
+    return gl.expand_dims(s_rows.index(i).load(gl.SliceLayout(1, layout)), 1)
+
+
+# ---- gates ------------------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def sigmoid(b_x):
+    """1 / (1 + 2^(-x log2 e)) by the two instructions of the special function unit: this is on the path that every step
+    waits for.  Off by 2e-7 at most, relative; NaN stays NaN."""
+    return gl.inline_asm_elementwise(
+        """{ .reg .f32 a;
+mul.ftz.f32 a, $1, 0fBFB8AA3B;
+ex2.approx.ftz.f32 a, a;
+add.ftz.f32 a, a, 0f3F800000;
+rcp.approx.ftz.f32 $0, a; }""",
+        "=f,f", [b_x], dtype=gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def tanh(b_x):
+    """2 / (1 + 2^(-2x log2 e)) - 1, likewise.  Off by 2e-7 at most, absolute: half a rounding of a gate near 1."""
+    return gl.inline_asm_elementwise(
+        """{ .reg .f32 a;
+mul.ftz.f32 a, $1, 0fC038AA3B;
+ex2.approx.ftz.f32 a, a;
+add.ftz.f32 a, a, 0f3F800000;
+rcp.approx.ftz.f32 a, a;
+fma.rn.ftz.f32 $0, a, 0f40000000, 0fBF800000; }""",
+        "=f,f", [b_x], dtype=gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+# ---- products and partial sums ----------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def round_operand(b_x):
+    """fp32 to the nearest tf32, as ``settle`` does; other types as they are.  NaN must be canonical: others could become 0."""
+    if b_x.dtype == gl.float32:
+        b_x = (b_x.to(gl.int32, bitcast=True) + 0x1000).to(gl.float32, bitcast=True)
+    return b_x
+
+
+@gluon.jit
+def round_parameter(b_w):
+    """The same for values that may be any NaN; the instruction makes it canonical, for more time than an addition."""
+    if b_w.dtype == gl.float32:
+        b_w = gl.inline_asm_elementwise(
+            "cvt.rna.tf32.f32 $0, $1;", "=r,r", [b_w], dtype=gl.float32, is_pure=True, pack=1
+        )
+    return b_w
+
+
+@gluon.jit
+def dot(b_w, b_h, b_acc):
+    """acc + w @ h on tensor cores: [.., units, k] @ [.., k, batch]."""
+    if b_w.dtype == gl.float32:
+        return gl.nvidia.ampere.mma_v2(b_w, b_h, b_acc, input_precision="tf32")
+    else:
+        return gl.nvidia.ampere.mma_v2(b_w, b_h, b_acc)
+
+
+@gluon.constexpr_function
+def shared_bases(slices, units, batch):
+    """Offset bit -> (slice, unit, batch) of the partial sums, such that both sides use all banks.
+
+    A thread of the product stores pairs along the batch (bit 0); its half-warp spans batch bits 1, 2 and unit bits 0, 1.  A
+    warp that adds up spans unit bits 0 to 3 and batch bit 0.  Bits 1 to 4 tell elements apart in both.
+    """
+    log_units, log_batch = units.bit_length() - 1, batch.bit_length() - 1
+    bases = [[0, 0, 1], [0, 1, 0], [0, 2, 0], [0, 4, 0], [0, 8, 0], [0, 4, 2], [0, 8, 4]]
+    bases += [[0, 0, 1 << i] for i in range(3, log_batch)] + [[0, 1 << i, 0] for i in range(4, log_units)]
+    return bases + [[1 << i, 0, 0] for i in range(slices.bit_length() - 1)]
+
+
+@gluon.constexpr_function
+def gate_layout(slices, batch, warps):
+    """Layout of gates: 16 units of two batch rows a warp, warps along the batch first; a thread holds all slices."""
+    along_batch = min(warps, batch // 2)
+    return gl.BlockedLayout([slices, 1, 1], [1, 16, 2], [1, warps // along_batch, along_batch], [1, 2, 0])
+
+
+@gluon.jit
+def add_slices(s_partial, first: gl.constexpr, count: gl.constexpr, layout: gl.constexpr, result: gl.constexpr):
+    """Sum of ``count`` slices of k from the ``first`` on: [units, batch]."""
+    return gl.convert_layout(gl.sum(s_partial.slice(first, count, 0).load(layout), axis=0), result)
+
+
+# ---- launch -----------------------------------------------------------------------------------------------------------------
+
+
+def most_registers(num_warps: int) -> int:
+    """Registers of a thread when a program has the multiprocessor to itself.
+
+    Left alone, the assembler aims at several programs each and spills for it: 1.7 KB at 48 registers, seen with Triton 3.6.
+    """
+    return min(255, 65536 // (32 * num_warps))
+
+
+def check_launch(gi, h0, below, w_ih, w_hh, out, h_n, gates) -> bool:
+    """Sizes; whether the lanes are two directions."""
+    steps, batch = out.shape[:2]
+    lanes, hidden = len(w_hh), h_n.shape[2]
+    reverse = gi.dim() == 4
+    assert hidden % 16 == 0  # rows are read in vectors
+    assert h_n.shape == (lanes, batch, hidden) and all(w.shape == (3 * hidden, hidden) for w in (*w_ih, *w_hh))
+    if reverse:
+        assert lanes == 2 and gi.shape == (2, steps, batch, 3 * hidden)
+        assert h0.shape == (batch, 2 * hidden) and out.shape == (steps, batch, 2 * hidden)
+    else:
+        assert gi.shape == (steps, batch, 3 * hidden) and len(w_ih) == lanes - 1
+        assert h0.shape == (lanes, batch, hidden) and out.shape == (steps, batch, hidden)
+        assert lanes == 1 or below is not None and below.shape == (lanes - 1, steps, batch, hidden)
+    assert gates is None or gates.shape == (lanes, steps, batch, 4, hidden)
+    assert all(t is None or t.is_contiguous() for t in (gi, h0, below, *w_ih, *w_hh, out, h_n, gates))
+    return reverse
+
+
+def launch_arguments(gi, h0, below, w_ih, w_hh, b_ih, b_hh, out, h_n, gates, error) -> dict[str, Any]:
+    """What is not constant; places that are not used hold pointers of the right kind."""
+    return dict(
+        p_gi=gi, p_h0=h0, p_below=out if below is None else below,
+        p_w_ih=tuple(w_ih or w_hh[:1]), p_w_hh=tuple(w_hh),
+        p_b_ih=None if b_ih is None else tuple(b_ih), p_b_hh=None if b_hh is None else tuple(b_hh),
+        p_out=out, p_h_n=h_n, p_gates=out if gates is None else gates, p_error=error,
+        T=out.shape[0], B=out.shape[1],
+    )  # fmt: skip

@@ -1,0 +1,122 @@
+"""What ``wavefront`` and ``resident`` find in memory: sequences that say "not yet", the initial state, an error block.
+
+The product that makes gi comes before this launch: what it writes would push the fresh lines out of L2, where they are polled.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import triton
+import triton.language as tl
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@triton.jit(do_not_specialize=["launch_id", "T", "B"])
+def prepare_kernel(
+    p_hx, p_host,
+    p_out, p_below, p_h0, p_h_n, p_error,
+    launch_id, T, B,
+    LANES: tl.constexpr, H: tl.constexpr, HX: tl.constexpr,
+    REVERSE: tl.constexpr, FILL_OUT: tl.constexpr, STATES: tl.constexpr,
+    BLOCK: tl.constexpr, STATE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One of three things, by program.
+
+    Fills a block of out [T, B, (2)H] (if FILL_OUT) or of below [LANES-1, T, B, H] with the pattern that says "not yet": all
+    ones, which is a NaN.  Or, if STATES, fills a block of h_n [LANES, B, H] likewise and copies hx [LANES, B, HX] to h0, zeros
+    beyond HX and every NaN made the canonical one: [LANES, B, H], or, if REVERSE, [B, 2H].  The first program also writes the
+    error block: no error yet, where the host's word is, and what to write there.
+
+    Bytes: the sequences once.  Bound by memory bandwidth, or by the launch.
+    """
+    dtype: tl.constexpr = p_out.dtype.element_ty
+    integer: tl.constexpr = tl.int32 if dtype.primitive_bitwidth == 32 else tl.int16
+    pid = tl.program_id(0)
+    if pid == 0:
+        tl.store(p_error, 0)
+        tl.store(p_error + 1, p_host.to(tl.int64))
+        tl.store(p_error + 2, launch_id.to(tl.int64))
+
+    rows = B.to(tl.int64)
+    out_size = T * rows * (2 * H if REVERSE else H)
+    below_size = T * rows * ((LANES - 1) * H)
+    out_blocks = 0
+    if FILL_OUT:
+        out_blocks = ((out_size + BLOCK - 1) // BLOCK).to(tl.int32)
+    below_blocks = 0
+    if LANES > 1 and not REVERSE:
+        below_blocks = ((below_size + BLOCK - 1) // BLOCK).to(tl.int32)
+    if pid < out_blocks:
+        o = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(p_out + o, tl.full((BLOCK,), -1, integer).to(dtype, bitcast=True), o < out_size)
+    elif pid < out_blocks + below_blocks:
+        o = (pid - out_blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(p_below + o, tl.full((BLOCK,), -1, integer).to(dtype, bitcast=True), o < below_size)
+    elif STATES:
+        o_h = (pid - out_blocks - below_blocks) * STATE_BLOCK + tl.arange(0, STATE_BLOCK)
+        m = o_h < LANES * B * H
+        row = o_h // H  # lane * B + batch
+        o_u = o_h % H
+        b_h = tl.load(p_hx + row * HX + o_u, m & (o_u < HX), 0.0).to(tl.float32)
+        b_h = tl.where(b_h != b_h, float("nan"), b_h)
+        tl.store(p_h_n + o_h, tl.full((STATE_BLOCK,), -1, integer).to(dtype, bitcast=True), m)
+        if REVERSE:
+            o_h = row % B * (2 * H) + row // B * H + o_u
+        tl.store(p_h0 + o_h, b_h, m)
+
+
+_BLOCK, _STATE_BLOCK = 8192, 1024
+
+
+def prepare_constants(
+    *, lanes: int, hidden: int, inputs_hidden: int, reverse: bool, fill_out: bool, states: bool
+) -> dict[str, Any]:
+    """What selects the code of ``prepare_kernel``: its constants and options."""
+    return dict(
+        LANES=lanes, H=hidden, HX=inputs_hidden, REVERSE=reverse, FILL_OUT=fill_out, STATES=states,
+        BLOCK=_BLOCK, STATE_BLOCK=_STATE_BLOCK, num_warps=4,
+    )  # fmt: skip
+
+
+def prepare_grid(
+    *, steps: int, batch: int, lanes: int, hidden: int, reverse: bool, fill_out: bool, states: bool
+) -> tuple[int]:
+    """Programs of ``prepare_kernel``."""
+    blocks = -(-steps * batch * hidden * (2 if reverse else 1) // _BLOCK) if fill_out else 0
+    if not reverse:
+        blocks += -(-(lanes - 1) * steps * batch * hidden // _BLOCK)
+    return (max(1, blocks + (-(-lanes * batch * hidden // _STATE_BLOCK) if states else 0)),)
+
+
+def prepare_launch(
+    hx: Tensor,
+    host: Tensor,
+    launch_id: int,
+    out: Tensor,
+    below: Tensor | None,
+    h0: Tensor | None,
+    h_n: Tensor,
+    error: Tensor,
+    *,
+    reverse: bool,
+    fill_out: bool = True,
+) -> tuple[tuple[int], dict[str, Any]]:
+    """Grid and arguments of ``prepare_kernel``; all tensors are contiguous.
+
+    hx: [lanes, B, any H].  host: a word of the host, int32, that the GPU can write to, and launch_id, not 0, what it writes
+    there when a wait runs out.  out, below, h0, h_n, error: as ``wavefront_launch`` takes them; h0 None: the kernel takes hx
+    itself.  fill_out: whether out is polled.
+    """
+    lanes, batch, hidden = h_n.shape
+    sizes = dict(lanes=lanes, hidden=hidden, reverse=reverse, fill_out=fill_out, states=h0 is not None)
+    assert hx.shape[:2] == (lanes, batch) and hx.shape[2] <= hidden and hidden % 16 == 0
+    assert all(t is None or t.is_contiguous() for t in (hx, out, below, h0, h_n, error))
+    arguments = dict(
+        p_hx=hx, p_host=host, p_out=out, p_below=out if below is None else below, p_h0=hx if h0 is None else h0,
+        p_h_n=h_n, p_error=error, launch_id=launch_id, T=out.shape[0], B=batch,
+        **prepare_constants(inputs_hidden=hx.shape[2], **sizes),
+    )  # fmt: skip
+    return prepare_grid(steps=out.shape[0], batch=batch, **sizes), arguments

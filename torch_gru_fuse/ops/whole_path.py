@@ -1,0 +1,286 @@
+"""Whole sequences in one launch behind the sequence op.
+
+A launch is three things: the product that makes the input projection, ``prepare``, and the kernel of the plan.  All that
+follows from sizes alone is made once (`_Recipe`), so a call only allocates and gathers addresses.  Where H is no multiple
+of 16 the parameters are padded with zeros in each call, and results are cut out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from triton.runtime import driver
+
+from torch_gru_fuse import torch_hooks
+from torch_gru_fuse.kernels import launch, prepare, resident, staged, wavefront
+from torch_gru_fuse.ops import timeouts
+from torch_gru_fuse.ops.call import GRUCall
+from torch_gru_fuse.planner.plan import Plan
+from torch_gru_fuse.planner.whole_sequence import ResidentPlan, WholeSequencePlan
+
+# By the name of a plan's kernel: kernel, its constants.
+_KERNELS = {
+    "resident": (resident.resident_kernel, resident.resident_constants),
+    "staged": (staged.staged_kernel, staged.staged_constants),
+    "wavefront": (wavefront.wavefront_kernel, wavefront.wavefront_constants),
+}
+
+#: For tests: so many programs of each launch are never started, and others wait for them.
+missing_programs = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Recipe:
+    """What all launches of calls with the same sizes have in common.
+
+    Attributes:
+        whole: the plan.
+        lanes: of a launch.
+        hidden: H rounded up to a multiple of 16.
+        size_each: bytes of an element.
+        state_bytes: of an initial state as the kernel wants it, 0 where it takes the caller's.
+        below_bytes: of the sequences of all lanes but the highest.
+        run_prepare, run_kernel: to be called with addresses.
+        word, launch_id: for the error block.
+    """
+
+    whole: WholeSequencePlan
+    lanes: int
+    hidden: int
+    size_each: int
+    state_bytes: int
+    below_bytes: int
+    prepare_grid: tuple[int, int, int] | None  # None: nothing to prepare
+    kernel_grid: tuple[int, int, int]
+    run_prepare: launch.Launcher
+    run_kernel: launch.Launcher
+    word: int
+    launch_id: int
+
+
+_ERROR_BYTES = 64  # of the error block, rounded up so that what follows is aligned
+_recipes: dict[tuple, _Recipe] = {}
+
+
+def _recipe(call: GRUCall, whole: WholeSequencePlan, save: bool) -> _Recipe:
+    x = call.input
+    # The plan stands for itself: it is kept below, so no other has its id, and hashing it takes longer than all the rest.
+    key = (
+        x.shape, call.hx.shape, x.dtype, x.get_device(), id(whole), call.bidirectional, call.has_biases, save,
+        timeouts.timeout_ns(), missing_programs,
+    )  # fmt: skip
+    found = _recipes.get(key)
+    if found is None:
+        if len(_recipes) >= 4096:
+            _recipes.clear()
+        found = _recipes[key] = _make_recipe(call, whole, save)
+    return found
+
+
+def _make_recipe(call: GRUCall, whole: WholeSequencePlan, save: bool) -> _Recipe:
+    T, B, I, H = call.T, call.B, call.input.shape[2], call.H
+    dtype, device = call.input.dtype, call.input.get_device()
+    lanes, padded, reverse = whole.lanes, -(-H // 16) * 16, call.bidirectional
+    stack = lanes > 1 and not reverse
+    kernel, constants_of = _KERNELS[whole.kernel.name]
+    timeout = timeouts.timeout_ns()
+    # resident takes hx itself, and nobody but the lane above polls its sequences
+    polls_own = not isinstance(whole.kernel, ResidentPlan)
+    sizes: dict[str, Any] = dict(lanes=lanes, hidden=padded, reverse=reverse, fill_out=polls_own, states=polls_own)
+    n_biases = (dtype, lanes) if call.has_biases else None
+    types = [
+        dtype, dtype, dtype, (dtype, max(1, lanes - 1) if stack else 1), (dtype, lanes), n_biases, n_biases,
+        dtype, dtype, dtype, torch.int64, None, None,
+    ]  # fmt: skip
+    prepare_types = [dtype, torch.int32, dtype, dtype, dtype, dtype, torch.int64, None, None, None]
+    described = timeouts.Call(
+        "gru",
+        f"T={T}, B={B}, I={I}, H={H}, num_layers={call.L}, bidirectional={reverse}, {str(dtype).removeprefix('torch.')}",
+        whole.kernel.name, str(whole), timeout,
+    )  # fmt: skip
+    grid = whole.programs(B, H) - missing_programs
+    return _Recipe(
+        whole=whole,
+        lanes=lanes,
+        hidden=padded,
+        size_each=dtype.itemsize,
+        state_bytes=lanes * B * padded * dtype.itemsize if polls_own else 0,
+        below_bytes=(lanes - 1) * T * B * padded * dtype.itemsize if stack else 0,
+        prepare_grid=(*prepare.prepare_grid(steps=T, batch=B, **sizes), 1, 1) if polls_own or stack else None,
+        kernel_grid=(grid, 1, 1),
+        run_prepare=launch.launcher(
+            prepare.prepare_kernel, device, prepare.prepare_constants(inputs_hidden=padded, **sizes), prepare_types
+        ),
+        run_kernel=launch.launcher(
+            kernel, device,
+            constants_of(
+                whole.kernel, lanes=lanes, hidden=padded, units=H, reverse=reverse, save_gates=save, timeout_ns=timeout
+            ),
+            types,
+        ),
+        word=timeouts.word_of(device),
+        launch_id=timeouts.id_of(described),
+    )  # fmt: skip
+
+
+def gru_forward(call: GRUCall, save: bool, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """Results as `empty_results` allocates them.  Raises `launch.DoesNotFit`; nothing has been changed then."""
+    assert plan.whole is not None
+    recipe = _recipe(call, plan.whole, save)
+    if recipe.hidden != call.H:
+        return _padded_forward(call, save, plan, recipe)
+    output, h_n, reserve = call.empty_results(save)
+    hx = call.hx.contiguous()
+    places = _Places(hx.data_ptr(), h_n.data_ptr(), reserve.data_ptr() if save else 0)
+    if recipe.lanes == hx.shape[0]:
+        _launch(call, plan, recipe, 0, call.input, call.params, output, places)
+        return output, h_n, reserve
+    layer_outputs = call.saved_gates(reserve)[0] if save else None
+    x = call.input
+    for layer in range(call.L):
+        last = layer == call.L - 1
+        out = output if last else torch.empty_like(output) if layer_outputs is None else layer_outputs[layer]
+        states = call.states(layer)
+        _launch(call, plan, recipe, states.start, x, call.params[call.places(states.start, call.D)], out, places)
+        if not last:
+            x = call.mask(out, layer)
+    return output, h_n, reserve
+
+
+class _Places:
+    """Addresses of the whole call's hx and h_n [L*D, B, H], and of its reserve, 0 if nothing is saved."""
+
+    __slots__ = ("h_n", "hx", "reserve")
+
+    def __init__(self, hx: int, h_n: int, reserve: int):
+        self.hx, self.h_n, self.reserve = hx, h_n, reserve
+
+
+def _launch(
+    call: GRUCall, plan: Plan, recipe: _Recipe, first: int, x: Tensor, params: Sequence[Tensor], out: Tensor, places: _Places
+) -> None:
+    """States ``first`` and following: ``recipe.lanes`` of them, whose parameters are ``params``, from input x to ``out``."""
+    T, B, _ = x.shape
+    H, lanes, reverse = recipe.hidden, recipe.lanes, call.bidirectional
+    each = 4 if call.has_biases else 2
+    gi = _input_projection(x, params[: 2 * each : each] if reverse else params[:1], plan.tf32)
+
+    # The product comes first: what it writes would push the freshly filled sequences out of L2.
+    workspace_bytes = _ERROR_BYTES + recipe.state_bytes
+    state_bytes = B * H * recipe.size_each  # of one lane
+    gates = below = p_out = out.data_ptr()
+    if recipe.below_bytes and not places.reserve:
+        workspace_bytes += recipe.below_bytes
+    workspace = p_out  # where nobody waits there is nothing to prepare
+    if recipe.prepare_grid is not None:
+        room = gi.new_empty(workspace_bytes // recipe.size_each)
+        workspace = room.data_ptr()
+    error = workspace
+    h0 = error + _ERROR_BYTES
+    if places.reserve:
+        # layer_outputs [L-1, T, B, D*H], then gates [L, D, T, B, 4, H]
+        gates = places.reserve + T * state_bytes * ((call.L - 1) * call.D + 4 * first)
+    if recipe.below_bytes:
+        below = places.reserve or h0 + recipe.state_bytes
+    hx, h_n = places.hx + first * state_bytes, places.h_n + first * state_bytes
+
+    params = [p.contiguous() for p in params]  # copies must outlive the launch
+    pointers = [p.data_ptr() for p in params]
+    bits = hx | h_n | gates | p_out
+    for pointer in pointers:
+        bits |= pointer
+    aligned = not bits % 16
+    w_ih, w_hh = tuple(pointers[::each]), tuple(pointers[1::each])
+    w_above = w_hh[:1] if reverse or lanes == 1 else w_ih[1:]
+    b_ih = b_hh = None
+    if call.has_biases:
+        b_ih, b_hh = tuple(pointers[2::4]), tuple(pointers[3::4])
+
+    stream = driver.active.get_current_stream(x.get_device())
+    if recipe.prepare_grid is not None:
+        values = (hx, recipe.word, p_out, below, h0, h_n, error, recipe.launch_id, T, B)
+        recipe.run_prepare(recipe.prepare_grid, stream, values, aligned)
+    values = (
+        gi.data_ptr(), h0 if recipe.state_bytes else hx, below, w_above, w_hh, b_ih, b_hh, p_out, h_n, gates, error, T, B
+    )  # fmt: skip
+    recipe.run_kernel(recipe.kernel_grid, stream, values, aligned)
+
+
+def _input_projection(x: Tensor, weights: Sequence[Tensor], tf32: bool) -> Tensor:
+    """x W^T without bias: [T*B, 3H], or [2, T, B, 3H] of two directions."""
+    if x.dtype == torch.float32:
+        with torch_hooks.matmul_tf32(tf32):
+            return _product(x, weights)
+    return _product(x, weights)
+
+
+def _product(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    T, B, I = x.shape  # noqa: E741
+    rows = x.reshape(T * B, I)
+    if len(weights) == 1:
+        return torch.mm(rows, weights[0].t())
+    gi = x.new_empty(2, T, B, weights[0].shape[0])
+    for direction, weight in enumerate(weights):
+        torch.mm(rows, weight.t(), out=gi[direction].view(T * B, -1))
+    return gi
+
+
+# ---- H that is no multiple of 16 ----------------------------------------------------------------------------------------
+
+
+def _pad_parameter(parameter: Tensor, hidden: int, padded: int, pad_columns: bool) -> Tensor:
+    """Rows of each of the three gates, and columns that are hidden units of one or more states, with zeros."""
+    gates = parameter.unflatten(0, (3, hidden))
+    if parameter.dim() == 1:
+        return pad(gates, (0, padded - hidden)).flatten()
+    gates = pad(gates, (0, 0, 0, padded - hidden)).flatten(0, 1)
+    if pad_columns:
+        gates = pad(gates.unflatten(1, (-1, hidden)), (0, padded - hidden)).flatten(1)
+    return gates
+
+
+def _padded_forward(call: GRUCall, save: bool, plan: Plan, recipe: _Recipe) -> tuple[Tensor, Tensor, Tensor]:
+    """Everything in buffers for ``recipe.hidden`` units; beyond the own ones all parameters and states are 0."""
+    T, B, H, L, D = call.T, call.B, call.H, call.L, call.D
+    padded, states_each = recipe.hidden, recipe.lanes
+    output, h_n, reserve = call.empty_results(save)
+    hx = pad(call.hx, (0, padded - H))
+    each = 4 if call.has_biases else 2
+    params = [
+        _pad_parameter(p, H, padded, i % each == 1 or (i % each == 0 and i >= each * D)) for i, p in enumerate(call.params)
+    ]
+    last = torch.empty_like(hx)
+    new = output.new_empty
+    if save:
+        # as in a reserve: layer_outputs, then gates
+        room = new((L - 1) * T * B * D * padded + L * D * T * B * 4 * padded)
+        layer_outputs = room[: (L - 1) * T * B * D * padded].view(L - 1, T, B, D, padded)
+        gates = room[(L - 1) * T * B * D * padded :].view(L, D, T, B, 4, padded)
+    places = _Places(hx.data_ptr(), last.data_ptr(), room.data_ptr() if save else 0)
+
+    x = call.input
+    for first in range(0, L * D, states_each):
+        layer = first // D
+        top = first + states_each == L * D
+        out = layer_outputs[layer].flatten(2) if save and not top else new(T, B, D * padded)
+        _launch(call, plan, recipe, first, x, params[call.places(first, states_each)], out, places)
+        if not top:
+            x = out if call.dropout_masks is None else _masked(call, out, layer, padded)
+    output.view(T, B, D, H).copy_(out.view(T, B, D, padded)[..., :H])
+    h_n.copy_(last[..., :H])
+    if save:
+        saved_outputs, saved_gates = call.saved_gates(reserve)
+        saved_outputs.view(L - 1, T, B, D, H).copy_(layer_outputs[..., :H])
+        saved_gates.copy_(gates[..., :H])
+    return output, h_n, reserve
+
+
+def _masked(call: GRUCall, out: Tensor, layer: int, padded: int) -> Tensor:
+    """What a layer hands to the next, with dropout."""
+    mask = call.dropout_masks[layer].unflatten(2, (call.D, call.H))
+    return out * pad(mask, (0, padded - call.H)).flatten(2)
