@@ -40,12 +40,17 @@ class Block(torch.Tensor):
         if bitcast:
             return self.view(dtype)
         result = super().to(dtype)
-        if dtype in (torch.float16, torch.bfloat16):  # the NaN that a GPU makes; torch on a CPU may make the pattern
-            result.view(torch.int16)[result.isnan()] = 0x7FFF
-        return result
+        return made_by_gpu(result) if dtype in (torch.float16, torch.bfloat16) else result
 
     def __iadd__(self, other):  # a block is a value: += makes a new one
         return self + other
+
+
+def made_by_gpu(x):
+    """x, its NaN those that a GPU makes of any; torch on a CPU may make the pattern."""
+    integer, nan = (torch.int32, 0x7FFFFFFF) if x.dtype == torch.float32 else (torch.int16, 0x7FFF)
+    x.view(integer)[x.isnan()] = nan
+    return x
 
 
 def block(value) -> Block:
@@ -358,7 +363,7 @@ def load_emulated() -> SimpleNamespace:
         handover.issue, handover.settle = issue, settle
         handover.prefetch = lambda address: None
         lanes.round_operand, lanes.round_parameter = round_operand, round_parameter
-        lanes.sigmoid, lanes.tanh = torch.sigmoid, torch.tanh
+        lanes.sigmoid, lanes.tanh = lambda x: made_by_gpu(torch.sigmoid(x)), lambda x: made_by_gpu(torch.tanh(x))
         lanes.dot = dot
         # the kernels take over what they find there
         kernels = {name: importlib.import_module(f"{alias}.{name}") for name in ("wavefront", "resident", "staged")}

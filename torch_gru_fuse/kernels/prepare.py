@@ -1,4 +1,4 @@
-"""What ``wavefront`` and ``resident`` find in memory: sequences that say "not yet", the initial state, an error block.
+"""What kernels of whole sequences find in memory: sequences that say "not yet", the initial state, an error block.
 
 The product that makes gi comes before this launch: what it writes would push the fresh lines out of L2, where they are polled.
 """

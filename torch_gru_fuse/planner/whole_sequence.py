@@ -357,6 +357,8 @@ def _staged_tiles(
             in_flight = tile * _padded(hidden) * element_bytes // 1024 // pieces  # registers
             if in_flight not in range(4, 33) or slice_bytes // pieces < 128:
                 continue
+            if share == 3 and element_bytes == 2 and (pieces == 4 or (slices == 2 and tiles >= 8)):
+                continue  # 8 to 24 bytes spill where gates are saved
             plan = StagedPlan(units, tile, tiles, slices, unit_warps, pieces, share)
             if tiles <= _MOST_TILES and plan.shared_bytes(hidden, element_bytes) <= shared_bytes:
                 return plan
