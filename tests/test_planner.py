@@ -87,7 +87,11 @@ def test_whole_sequences_where_they_were_measured_to_be_faster():
         assert gru(D=2, dtype=dtype, gpu=H200).whole.lanes == 2
         for few in (1, 2, 3):
             assert gru(T=few, dtype=dtype, gpu=H200).kernel == "torch"
-    assert gru(H=250, dtype="torch.float16", gpu=H200).kernel == "torch"  # padded: not measured
+    # padded copies of the parameters
+    assert gru(H=250, dtype="torch.float16", gpu=H200).kernel == "whole"
+    assert gru(H=100, dtype="torch.float16", gpu=H200).kernel == "torch"
+    assert gru(T=32, H=250, dtype="torch.float16", gpu=H200).kernel == "whole"
+    assert gru(T=32, H=250, dtype="torch.float16", gpu=H200, captured=False).kernel == "torch"
 
 
 def test_training_waits_for_its_backward(choose):
@@ -171,7 +175,7 @@ def test_thresholds_are_in_one_place(choose, monkeypatch):
     assert whole_sequence_is_faster(plan, 512, 10, 256, 6, 1, 2, training=False)
 
 
-@pytest.mark.parametrize("hidden, tf32", [(3, False), (8, False), (16, True), (18, False), (64, True), (256, True)])
+@pytest.mark.parametrize("hidden, tf32", [(3, False), (8, False), (16, True), (18, True), (64, True), (256, True)])
 def test_tf32_only_where_cudnn_uses_it(choose, hidden, tf32):
     choose("triton")
     assert gru(H=hidden).tf32 == tf32

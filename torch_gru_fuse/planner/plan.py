@@ -32,9 +32,9 @@ def uses_tf32(T: int, B: int, H: int, *, training: bool) -> bool:
     """Whether float32 products use TF32 where it is allowed.
 
     cuDNN decides by shape; on an H200 (cuDNN 9.19) its error is that of TF32 in 379 of 391 shapes from H = 16 on, in the others
-    (a batch of 1, or few steps of a small layer) that of float32.  Tensor cores take no sizes like H = 3, and cuDNN uses none.
+    (a batch of 1, or few steps of a small layer) that of float32.  Below, at H = 3, it is that of float32.
     """
-    return H >= 16 and H % 4 == 0
+    return H >= 16
 
 
 # Ratio to cuDNN in a CUDA graph, forward, H200, 782 shapes: T 4 to 100, B 1 to 4096, H 16 to 2048, 1 and 3 layers, 1 and 2
@@ -47,6 +47,11 @@ _STAGED_MOST_WORK = {
 }  # fmt: skip
 
 
+# H that is no multiple of 16 takes copies of padded parameters, some 20 us in a graph and more called one by one.  H = 200, 300
+# and 500, 16 and 100 steps: 1.3 to 5 times as fast as cuDNN in a graph; H = 20 to 100: 0.4 to 2.4
+# (docs/results/padded-h200.txt).
+_PADDED_FROM_HIDDEN = 129
+_PADDED_FROM_STEPS = {True: 16, False: 64}  # in a CUDA graph; called by itself
 # Called one by one, small layers wait for the host: T=4, B=8, H=64, one layer, fp16 takes 144 us and cuDNN, which has a kernel
 # for it, 68; T=200, H=128, tf32 takes 257 and cuDNN 264.  In a CUDA graph both are faster here.
 _ONE_SMALL_LAYER_FROM_STEPS = 128
@@ -62,9 +67,9 @@ def whole_sequence_is_faster(
     """
     if training:
         return False  # the backward takes a launch a step: not measured
-    if H % 16:
-        return False  # copies of padded weights: not measured
     if T < _WHOLE_FROM_STEPS:
+        return False
+    if H % 16 and (H < _PADDED_FROM_HIDDEN or _PADDED_FROM_STEPS[captured] > T):
         return False
     kernel = plan.kernel
     if isinstance(kernel, ResidentPlan):
