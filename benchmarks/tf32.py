@@ -2,7 +2,7 @@
 
     python benchmarks/tf32.py        # docs/results/tf32-simulated.txt
 
-Everything else is float64, states are kept in float32. The kernels round every operand to the nearest TF32 value; the other rows
+Everything else is float64, states are kept in float32. The kernels round each operand to the nearest TF32 value; the other rows
 leave some products exact, or drop bits as tensor cores do with plain float32.
 """
 
