@@ -41,6 +41,8 @@ GRUS = {
     "h512": (64, 16, 512, 512, 2, False, True),
     "long": (1000, 4, 64, 128, 1, False, True),
     "wide": (16, 300, 128, 256, 1, False, True),
+    "stream1": (1000, 1, 256, 256, 2, False, True),
+    "h64": (200, 64, 64, 64, 2, False, True),
 }
 #: name: B, I, H
 CELLS = {"cell small": (5, 33, 50), "cell 256": (10, 128, 256), "cell wide": (300, 512, 512)}

@@ -39,8 +39,14 @@ def cells_on_cpu(monkeypatch):
 
 
 @pytest.fixture
-def nan_filled_empty():
+def nan_filled_empty(monkeypatch):
     """`torch.empty` holds NaN, so that an element which nobody wrote shows."""
+    from torch_gru_fuse import torch_hooks
+
+    def filled(size, stride, dtype):
+        return torch.empty_strided(size, stride, dtype=dtype, device="cuda")
+
+    monkeypatch.setattr(torch_hooks, "empty_strided_cuda", filled)
     torch.use_deterministic_algorithms(True, warn_only=True)  # with fill_uninitialized_memory, which is torch's default
     yield
     torch.use_deterministic_algorithms(False)

@@ -366,7 +366,9 @@ def load_emulated() -> SimpleNamespace:
         lanes.sigmoid, lanes.tanh = lambda x: made_by_gpu(torch.sigmoid(x)), lambda x: made_by_gpu(torch.tanh(x))
         lanes.dot = dot
         # the kernels take over what they find there
-        kernels = {name: importlib.import_module(f"{alias}.{name}") for name in ("wavefront", "resident", "staged")}
+        forward = ("wavefront", "resident", "staged")
+        names = [n for f in forward for n in (f, f"{f}_backward") if Path(package.__path__[0], f"{n}.py").exists()]
+        kernels = {name: importlib.import_module(f"{alias}.{name}") for name in names}
         for module in (handover, lanes, *kernels.values()):
             module.range = loop
         return SimpleNamespace(**kernels)

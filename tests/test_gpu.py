@@ -18,7 +18,7 @@ from torch.library import opcheck
 import torch_gru_fuse
 import torch_gru_fuse.functional as fused
 from torch_gru_fuse import equations
-from torch_gru_fuse.ops import kernel_path, whole_path
+from torch_gru_fuse.ops import kernel_path, ready_calls, ready_launches, whole_path
 from torch_gru_fuse.planner import plan as plan_module
 
 pytestmark = [
@@ -51,6 +51,7 @@ def precision(request):
 @pytest.fixture(params=["auto", "triton", "step"])
 def kernels(request, monkeypatch):
     monkeypatch.setenv("TORCH_GRU_FUSE_KERNELS", request.param)
+    return request.param
 
 
 VARIANTS = [
@@ -170,7 +171,23 @@ def whole(monkeypatch):
         return results
 
     monkeypatch.setattr(whole_path, "gru_forward", forward)
+    made = ready_launches._whole_sequences
+
+    def counting(call, plan, batch_first):
+        run = made(call, plan, batch_first)
+
+        def counted(*tensors):
+            results = run(*tensors)
+            if results is not None:
+                ran.append(plan.whole)
+            return results
+
+        return counted
+
+    monkeypatch.setattr(ready_launches, "_whole_sequences", counting)
+    ready_calls.forget()
     yield ran
+    ready_calls.forget()
     plan_module._plan_gru.cache_clear()
 
 
@@ -217,7 +234,7 @@ def test_whole_sequences_with_dropout(whole):
         return ops.gru_forward(tensors[0], tensors[1], list(tensors[2:]), bias, L, False, masks, False)[:2]
 
     actual = value_and_grads(run, inputs, inputs)
-    assert whole[0].lanes == 1
+    assert whole[0].lanes == 3
     expected = value_and_grads(lambda *t: equations.gru(t[0], t[1], t[2:], bias, L, False, masks), inputs, inputs)
     assert_same(actual, expected, 3e-2)
 
@@ -376,7 +393,9 @@ def test_more_programs_than_the_gpu_holds(monkeypatch, whole, caplog, training):
                 with torch.no_grad():
                     assert_same(fused.gru(*args), torch.gru(*args), 2e-2)
     messages = [r.message for r in caplog.records]
-    assert len(messages) == 1 and "do not fit" in messages[0] and not whole
+    assert len(messages) == (2 if training else 1) and not whole
+    assert "whole sequences in one launch do not fit" in messages[0]
+    assert all("the backward of whole sequences in one launch does not fit" in message for message in messages[1:])
 
 
 # ---- compiled -----------------------------------------------------------------------------------------------------------
@@ -464,8 +483,9 @@ def test_module_samples_of_pytorch(precision, kernels, kind, sample):
         return value_and_grads(lambda *a: function(*a, **kwargs), args, inputs)
 
     reference, of_args, of_kwargs = module, args, kwargs
-    if tolerance == TOLERANCE["ieee"]:
-        # Not cuDNN in the same precision: for sizes like 2 its float32 without TF32 is off by up to 3e-5, more than half of it.
+    if tolerance == TOLERANCE["ieee"] and kernels != "auto":
+        # Not cuDNN in the same precision, which is what "auto" runs there: for sizes like 2 its float32 without TF32 is off by
+        # up to 6e-5, more than the tolerance.
         reference, of_args, of_kwargs = copy.deepcopy((module, args, kwargs))
         reference = reference.double()
         of_args, of_kwargs = torch.utils._pytree.tree_map_only(

@@ -15,7 +15,7 @@ from problems import assert_same, cell_args, gru_args
 
 from torch_gru_fuse import check_errors, equations, torch_hooks
 from torch_gru_fuse.kernels import launch
-from torch_gru_fuse.ops import cudnn_path, kernel_path, schemas, support, timeouts, whole_path
+from torch_gru_fuse.ops import cudnn_path, kernel_path, schemas, support, timeouts, whole_backward, whole_path
 from torch_gru_fuse.ops.call import GRUCall
 from torch_gru_fuse.ops.schemas import reserve_size
 from torch_gru_fuse.planner.gpus import gpu_named
@@ -42,8 +42,8 @@ def kernels_on_cpu(monkeypatch):
     monkeypatch.setattr(kernel_path, "_input_projection", lambda rows, weight, out: torch.mm(rows, weight.t(), out=out))
 
 
-def plan(monkeypatch, kernel, tile=TILE, whole=None):
-    chosen = Plan(kernel, tile, False, "test", whole)
+def plan(monkeypatch, kernel, tile=TILE, whole=None, backward=None):
+    chosen = Plan(kernel, tile, False, "test", whole, backward=backward, backward_tile=tile)
     kernel_path._plans.clear()
     monkeypatch.setattr(kernel_path, "plan_gru", lambda *_, **__: chosen)
     monkeypatch.setattr(kernel_path, "plan_gru_cell", lambda *_, **__: chosen)
@@ -182,7 +182,7 @@ def emulated_launcher(kernel, device, constants, types):
         a |= {"p_hx": at(a["p_hx"], L * B * a["HX"]), "p_out": at(a["p_out"], T * B * H * (1 + a["REVERSE"]))}
         stack = L > 1 and not a["REVERSE"]
         a |= {"p_below": at(a["p_below"], (L - 1) * T * B * H) if stack else a["p_out"], "p_h_n": at(a["p_h_n"], L * B * H)}
-        a |= {"p_h0": at(a["p_h0"], L * B * H) if a["STATES"] else a["p_hx"]}
+        a |= {"p_h0": at(a["p_h0"], L * B * H)} if a["STATES"] else dict.fromkeys(("p_hx", "p_h0", "p_h_n"), a["p_out"])
         a |= {"p_error": at(a["p_error"], 4), "p_host": at(a["p_host"], 1)}
         prepare.prepare_kernel[grid](**a)
 
@@ -205,15 +205,18 @@ def emulated_launcher(kernel, device, constants, types):
 def whole_on_cpu(kernels_on_cpu, monkeypatch):
     """Kernels for whole sequences, too; yields what stands for the word that the GPU writes to."""
     stream = SimpleNamespace(get_current_stream=lambda device: 0)
-    monkeypatch.setattr(whole_path, "driver", SimpleNamespace(active=stream))
+    for module in (whole_path, whole_backward):
+        monkeypatch.setattr(module, "driver", SimpleNamespace(active=stream))
+        module._recipes.clear()
     monkeypatch.setattr(whole_path.launch, "launcher", emulated_launcher)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(kernel_path, "_refused", {})
+    monkeypatch.setattr(kernel_path, "_refused_backward", {})
     word = torch.zeros(1, dtype=torch.int32)
     monkeypatch.setitem(timeouts._words, -1, timeouts._Word(word, ctypes.c_int32.from_address(word.data_ptr())))
-    whole_path._recipes.clear()
     yield word
     whole_path._recipes.clear()
+    whole_backward._recipes.clear()
 
 
 SPREAD, RESIDENT = WavefrontPlan(16, 8, 2), ResidentPlan(32, 8, 2)
@@ -222,6 +225,9 @@ WHOLE_CASES = [
     pytest.param({"L": 3, "H": 32}, WholeSequencePlan(3, SPREAD), False, id="stack"),
     pytest.param({"L": 3, "H": 20}, WholeSequencePlan(3, SPREAD), False, id="stack, padded"),
     pytest.param({"L": 3, "H": 32}, WholeSequencePlan(1, SPREAD), False, id="layer by layer"),
+    pytest.param({"L": 3, "H": 32}, WholeSequencePlan(3, SPREAD), True, id="stack, dropout"),
+    pytest.param({"L": 3, "H": 20}, WholeSequencePlan(3, SPREAD), True, id="stack, dropout, padded"),
+    pytest.param({"L": 2, "H": 32}, WholeSequencePlan(2, RESIDENT), True, id="resident stack, dropout"),
     pytest.param({"L": 3, "H": 32}, WholeSequencePlan(1, SPREAD), True, id="dropout"),
     pytest.param({"L": 2, "H": 20}, WholeSequencePlan(1, SPREAD), True, id="dropout, padded"),
     pytest.param({"L": 2, "H": 32, "bidirectional": True}, WholeSequencePlan(2, SPREAD), True, id="two directions, dropout"),
@@ -259,6 +265,57 @@ def test_whole_sequences(whole_on_cpu, monkeypatch, variant, whole, dropout):
     assert_same(inference[:2], expected, 2e-3)
     gradients = kernel_path.gru_backward(call, *grads, output, reserve, [True] * (2 + len(call.params)))
     assert_same(gradients, expected_grads, 4e-3)
+
+
+BACKWARD_CASES = [
+    # variant, plan of the backward, dropout
+    pytest.param({"L": 1, "H": 32, "I": 5}, WholeSequencePlan(1, SPREAD), False, id="one layer"),
+    pytest.param({"L": 3, "H": 32}, WholeSequencePlan(3, SPREAD), False, id="stack"),
+    pytest.param({"L": 3, "H": 32}, WholeSequencePlan(1, SPREAD), True, id="layer by layer, dropout"),
+    pytest.param({"L": 3, "H": 32}, WholeSequencePlan(3, SPREAD), True, id="stack, dropout"),
+    pytest.param({"L": 2, "H": 32, "bidirectional": True}, WholeSequencePlan(2, SPREAD), True, id="two directions, dropout"),
+    pytest.param({"L": 2, "H": 32, "bias": False}, WholeSequencePlan(2, SPREAD), False, id="no biases"),
+    pytest.param({"L": 2, "H": 32, "T": 1}, WholeSequencePlan(2, SPREAD), False, id="one step"),
+]
+
+
+@pytest.mark.parametrize("forward", ["step", "whole"])
+@pytest.mark.parametrize("variant, backward, dropout", BACKWARD_CASES)
+def test_backward_of_whole_sequences(whole_on_cpu, monkeypatch, variant, backward, dropout, forward):
+    """Whatever made the gates; gradients of the output, of h_n or of both; all that are needed and no others."""
+    plan(monkeypatch, forward, whole=backward, backward=backward)
+    call = whole_call(variant, dropout)
+    output, h_n, reserve = kernel_path.gru_forward(call, True)
+    both = torch.randn_like(output).transpose(0, 1).contiguous().transpose(0, 1), torch.randn_like(h_n)
+    needs = [[True] * (2 + len(call.params)), [i % 3 != 1 for i in range(2 + len(call.params))], [False, True]]
+    needs[2] += [False] * len(call.params)
+    for grads, need in zip((both, (both[0], None), (None, both[1])), needs, strict=True):
+        _, expected = reference(*call[:6], call.dropout_masks, grads)
+        gradients = kernel_path.gru_backward(call, *grads, output, reserve, need)
+        assert_same(gradients, [g for g, n in zip(expected, need, strict=True) if n], 4e-3)
+
+
+def test_backward_that_does_not_fit_takes_a_launch_a_step(whole_on_cpu, monkeypatch, caplog):
+    def refusing(*args):
+        def run(*_):
+            raise launch.DoesNotFit("too many blocks in cooperative launch")
+
+        return run
+
+    monkeypatch.setattr(whole_path.launch, "launcher", refusing)
+    plan(monkeypatch, "step", backward=WholeSequencePlan(2, SPREAD))
+    call = whole_call({"L": 2, "H": 32})
+    grads = torch.randn(5, 3, 32), None
+    _, expected = reference(*call[:6], None, grads)
+    output, _, reserve = kernel_path.gru_forward(call, True)
+    with caplog.at_level(logging.WARNING, logger="torch_gru_fuse"):
+        for _ in range(2):
+            gradients = kernel_path.gru_backward(call, *grads, output, reserve, [True] * (2 + len(call.params)))
+            assert_same(gradients, expected, 5e-6)
+    assert [r.message for r in caplog.records] == [
+        "torch_gru_fuse.gru: the backward of whole sequences in one launch does not fit, one launch a step runs: "
+        f"too many blocks in cooperative launch (cuda:-1, {WholeSequencePlan(2, SPREAD)})"
+    ]
 
 
 def test_parameters_need_not_be_contiguous(whole_on_cpu, monkeypatch):

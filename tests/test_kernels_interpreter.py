@@ -472,8 +472,10 @@ def test_sequence_backward(dtype, tf32, directions, steps, batch, hidden):
     assert_within(d_h0, expected_h0, {w: case[3] for w, case in by_case.items()}, "d_h0")
 
 
-def test_sequence_backward_is_the_equations_layer():
+@pytest.mark.parametrize("transposed", [False, True], ids=["small weights", "weights from memory"])
+def test_sequence_backward_is_the_equations_layer(monkeypatch, transposed):
     """End to end in fp32: forward, backward and the caller's products; the gradient is expanded, as that of a sum is."""
+    monkeypatch.setitem(kernels.sequence_backward.__globals__, "_FROM_MEMORY", 1 if transposed else 1000)
     steps, batch, inputs, hidden = 3, 5, 4, 17
     x, h0 = draw(torch.float32, steps, batch, inputs), draw(torch.float32, 2, batch, hidden)
     layers = [weights(torch.float32, hidden, inputs, seed=d) for d in (0, 1)]

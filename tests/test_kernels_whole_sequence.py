@@ -26,7 +26,7 @@ class Case:
 
     LAUNCH_ID = 17
 
-    def __init__(self, steps, batch, hidden, lanes, dtype, reverse=False, bias=True, seed=0):
+    def __init__(self, steps, batch, hidden, lanes, dtype, reverse=False, bias=True, seed=0, masked=False):
         generator = torch.Generator().manual_seed(seed)
         self.gru = torch.nn.GRU(hidden, hidden, 1 if reverse else lanes, bidirectional=reverse, bias=bias)
         with torch.no_grad():
@@ -43,10 +43,21 @@ class Case:
         kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if bias else ("weight_ih", "weight_hh")
         lists = [[parameters[f"{kind}_{n}"].detach().to(dtype) for n in names] for kind in kinds]
         self.w_ih, self.w_hh, self.b_ih, self.b_hh = lists if bias else (*lists, None, None)
+        self.masks = None
+        if masked:  # dropout
+            self.masks = ((torch.rand((lanes - 1, steps, batch, hidden), generator=generator) < 0.5) * 2).to(dtype)
 
     def expected(self):
-        out, h_n = self.gru.double()(self.x.double(), self.hx.double())
-        return out.detach(), h_n.detach()
+        self.gru.double()
+        x, finals = self.x.double(), []
+        if self.masks is None:
+            out, h_n = self.gru(x, self.hx.double())
+            return out.detach(), h_n.detach()
+        for l, parameters in enumerate(self.gru.all_weights):
+            x, h_n = torch.gru(x, self.hx[l : l + 1].double(), parameters, True, 1, 0.0, False, False, False)
+            finals.append(h_n.detach())
+            x = x.detach() if l == self.lanes - 1 else x.detach() * self.masks[l]
+        return x, torch.cat(finals)
 
     def launch(self, module, plan, save_gates=False, **options):
         """Makes what the kernel of the module needs; what it fills is in ``out``, ``below``, ``h_n``, ``gates``, ``error``."""
@@ -68,6 +79,10 @@ class Case:
             fill_out=name == "wavefront",
         )  # fmt: skip
         prepare.prepare_kernel[grid](**arguments)
+        if self.masks is not None:
+            integer = torch.int16 if self.dtype.itemsize == 2 else torch.int32
+            handed = torch.full(self.below.shape, -1, dtype=integer).view(self.dtype)
+            options |= {"masks": self.masks, "handed": handed}
         return getattr(module, f"{name}_launch")(
             torch.stack(gi) if self.reverse else gi[0], self.hx if h0 is None else h0, self.below, self.w_ih[own:], self.w_hh,
             self.b_ih, self.b_hh, self.out, self.h_n, self.gates, self.error, plan=plan, **options,
@@ -111,8 +126,8 @@ RESIDENT_CASES = [
 ]
 
 
-def check(module, steps, batch, hidden, lanes, dtype, reverse, plan, bias=True):
-    case = Case(steps, batch, hidden, lanes, dtype, reverse, bias)
+def check(module, steps, batch, hidden, lanes, dtype, reverse, plan, bias=True, masked=False):
+    case = Case(steps, batch, hidden, lanes, dtype, reverse, bias, masked=masked)
     case.run(module, plan, save_gates=True)
     assert case.error[0] == 0 and case.host == 0
     for ours, theirs in zip((case.out, case.h_n), case.expected(), strict=True):
@@ -148,6 +163,19 @@ def test_resident_is_a_gru(steps, batch, hidden, lanes, dtype, reverse, plan):
 )
 def test_no_biases(name, plan):
     check(getattr(EMULATED, name), 4, 3, 32, 2, torch.float32, False, plan, bias=False)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize(
+    "name, plan",
+    [
+        pytest.param("wavefront", WavefrontPlan(16, 8, 2), id="spread, input after h"),
+        pytest.param("wavefront", WavefrontPlan(16, 8, 2, 2), id="spread, input beside h"),
+        pytest.param("resident", ResidentPlan(32, 8, 2), id="resident"),
+    ],
+)
+def test_dropout_between_layers(name, plan, steps):
+    check(getattr(EMULATED, name), steps, 3, 32, 3, torch.float16, False, plan, masked=True)
 
 
 @pytest.mark.parametrize("name, plan", [("wavefront", WavefrontPlan(16, 8, 2)), ("resident", ResidentPlan(32, 8, 2))])

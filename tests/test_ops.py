@@ -259,33 +259,3 @@ def test_autocast_leaves_float64_alone():
     args = gru_args(requires_grad=False, dtype=torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert fused.gru(*args)[0].dtype == torch.float64
-
-
-# ---- what is not there yet says so --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["gru", "gru_cell"])
-def test_forward_mode_raises(name):
-    args = gru_args(requires_grad=False) if name == "gru" else cell_args(requires_grad=False)
-    function = getattr(fused, name)
-    for tangent_of in (0, 1):
-        def call(t, args=args, i=tangent_of):
-            return function(*(t if j == i else a for j, a in enumerate(args)))
-
-        with pytest.raises(NotImplementedError, match=f"torch_gru_fuse.{name}: forward-mode AD"):
-            torch.func.jvp(call, (args[tangent_of],), (torch.ones_like(args[tangent_of]),))
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(args[0], torch.ones_like(args[0]))
-        with pytest.raises(NotImplementedError, match="forward-mode AD"):
-            function(dual, *args[1:])
-        function(*args)  # no tangent, no error
-
-
-@pytest.mark.parametrize("name", ["gru", "gru_cell"])
-def test_double_backward_raises(name):
-    args = gru_args() if name == "gru" else cell_args()
-    out = getattr(fused, name)(*args)
-    out = out[0] if name == "gru" else out
-    (grad,) = torch.autograd.grad(out.sin().sum(), args[0], create_graph=True)
-    with pytest.raises(NotImplementedError, match=f"torch_gru_fuse.{name}: double backward"):
-        torch.autograd.grad(grad.sum(), args[1])

@@ -104,7 +104,8 @@ def test_training_waits_for_its_backward(choose):
 
 def test_masks_come_between_the_layers(choose):
     choose("triton")
-    assert gru(dtype="torch.float16", gpu=H200, dropout=True).whole.lanes == 1
+    with_masks, without = (gru(dtype="torch.float16", gpu=H200, dropout=dropout).whole for dropout in (True, False))
+    assert with_masks == without and without.lanes > 1
     assert gru(dtype="torch.float16", gpu=H200, dropout=True, D=2).whole.lanes == 2
 
 
@@ -153,19 +154,19 @@ def test_one_small_layer_called_by_itself():
     assert gru(**{**short, "L": 2}, captured=False).kernel == "whole"
 
 
-@pytest.mark.parametrize(("dtype", "block_k"), [("torch.float32", 64), ("torch.float16", 64)])
+@pytest.mark.parametrize(("dtype", "block_k"), [("torch.float32", 64), ("torch.float16", 128)])
 def test_weights_larger_than_l2_take_a_launch_a_step(dtype, block_k):
     plan = gru(T=64, B=16, I=1024, H=4096, L=1, dtype=dtype, gpu=H200)
-    assert plan.kernel == "step" and plan.tile.block_k == block_k and plan.tile.num_stages == 6
+    assert plan.kernel == "step" and plan.tile.block_k == block_k and plan.tile.num_stages == 5
     small = gru(T=64, B=16, I=1024, H=4096, L=1, dtype=dtype, gpu=GPUS["rtx4090"]).tile
-    assert small.block_k == (32 if dtype == "torch.float32" else 64)
+    assert small.block_k == block_k and small.num_stages == 4
     assert gru(T=64, B=16, I=1024, H=4096, L=1, dtype=dtype, gpu=H200, training=True).kernel == "torch"
 
 
 def test_thresholds_are_in_one_place(choose, monkeypatch):
     """The planner asks these two functions and no one else."""
     plan_module._plan_gru.cache_clear()
-    monkeypatch.setattr(plan_module, "whole_sequence_is_faster", lambda *sizes, training, captured: training)
+    monkeypatch.setattr(plan_module, "whole_sequence_is_faster", lambda *sizes, training, **_: training)
     monkeypatch.setattr(plan_module, "uses_tf32", lambda T, B, H, *, training: True)
     assert gru(gpu=H200).kernel == "torch" and gru(gpu=H200, training=True).kernel == "whole"
     assert gru(H=64, gpu=H200, training=True).tf32

@@ -34,7 +34,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-__all__ = ["gru", "gru_cell", "gru_cell_backward", "gru_layer", "gru_layer_backward", "gru_layer_saving"]
+__all__ = [
+    "gru",
+    "gru_cell",
+    "gru_cell_backward",
+    "gru_layer",
+    "gru_layer_backward",
+    "gru_layer_gradients",
+    "gru_layer_saving",
+    "gru_layer_tangents",
+]
 
 
 def _gates(gi: Tensor, gh: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -202,6 +211,99 @@ def gru_layer_backward(
         d_gates.view(steps * batch, 4 * hidden), x.flatten(0, 1), h_before.flatten(0, 1), w_ih, wanted
     )
     return dx.view_as(x) if dx is not None else None, g if needs[1] else None, *weights
+
+
+def gru_layer_gradients(
+    grad_out: Tensor | None,
+    grad_hn: Tensor | None,
+    x: Tensor,
+    h0: Tensor,
+    out: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    reverse: bool = False,
+    *,
+    needs: Sequence[bool] = (True,) * 6,
+) -> tuple[Tensor | None, ...]:
+    """:func:`gru_layer_backward` for derivatives of any order: nothing is written in place.
+
+    ``out`` has to come as a function of the other arguments, with its own derivatives: it is no variable of its own.
+    """
+    steps, batch, hidden = out.shape
+    h_before, z, derivatives = _derivatives(x, h0, out, w_ih, w_hh, b_ih, b_hh, reverse)
+    w_rotated = _rotate(w_hh)
+
+    # unbind: the gradient of a step picked by an index would be as large as all steps
+    arriving = None if grad_out is None else grad_out.unbind(0)
+    z, derivatives = z.unbind(0), derivatives.unbind(0)
+    g = torch.zeros_like(h0) if grad_hn is None else grad_hn
+    d_gates = [g] * steps
+    for t in range(steps) if reverse else reversed(range(steps)):
+        if arriving is not None:
+            g = g + arriving[t]
+        d_gates[t] = (derivatives[t] * g.unsqueeze(1)).reshape(batch, 4 * hidden)
+        g = torch.addmm(g * z[t], d_gates[t][:, : 3 * hidden], w_rotated)
+
+    wanted = (needs[0], needs[2], needs[3], needs[4] and b_ih is not None, needs[5] and b_hh is not None)
+    dx, *weights = _parameter_gradients(torch.cat(d_gates), x.flatten(0, 1), h_before.flatten(0, 1), w_ih, wanted)
+    return dx.view_as(x) if dx is not None else None, g if needs[1] else None, *weights
+
+
+def gru_layer_tangents(
+    tangents: Sequence[Tensor | None],
+    x: Tensor,
+    h0: Tensor,
+    out: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """How (out, h_n) of :func:`gru_layer` move with its arguments: their tangents [T, B, H] and [B, H].
+
+    ``tangents`` of x, h0, w_ih, w_hh, b_ih, b_hh; None is zero.  This is the transpose of :func:`gru_layer_gradients`, with
+    the same derivatives of the gates D (order hn, r, z, n).  For the tangents i of the input projection and k of the hidden
+    projection with its states held fixed, made for all steps at once,
+
+        dh' = D_n i_n + D_r (i_r + k_r + W_hr dh) + D_z (i_z + k_z + W_hz dh) + D_hn (k_n + W_hn dh) + z dh
+
+    so one matrix product and three pointwise operations are left for the loop over time.  Differentiable, as above.
+    """
+    dx, dh, dw_ih, dw_hh, db_ih, db_hh = tangents
+    steps, batch, hidden = out.shape
+    h_before, z, derivatives = _derivatives(x, h0, out, w_ih, w_hh, b_ih, b_hh, reverse)
+    by_input, by_hidden = derivatives[..., 1:, :], derivatives[..., :3, :]
+    moved = torch.zeros_like(out)  # the part of dh' that does not come from dh
+    for derivative, projection in (
+        (by_input, None if dx is None else linear(dx, w_ih)),
+        (by_input, None if dw_ih is None else linear(x, dw_ih)),
+        (by_input, db_ih),
+        (by_hidden, None if dw_hh is None else linear(h_before, _rotate(dw_hh))),
+        (by_hidden, None if db_hh is None else _rotate(db_hh)),
+    ):
+        if projection is not None:
+            moved = moved + (derivative * projection.reshape(*projection.shape[:-1], 3, hidden)).sum(-2)
+
+    w_rotated = _rotate(w_hh)
+    dh = torch.zeros_like(h0) if dh is None else dh
+    moved, z, by_hidden = moved.unbind(0), z.unbind(0), by_hidden.unbind(0)
+    d_out = [dh] * steps
+    for t in reversed(range(steps)) if reverse else range(steps):
+        from_state = (by_hidden[t] * linear(dh, w_rotated).reshape(batch, 3, hidden)).sum(-2)
+        d_out[t] = dh = torch.addcmul(moved[t] + from_state, z[t], dh)
+    return torch.stack(d_out), dh
+
+
+def _derivatives(
+    x: Tensor, h0: Tensor, out: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of all steps at once: the state before [T, B, H], z [T, B, H] and the derivatives of the gates [T, B, 4, H]."""
+    h_before = torch.cat((out[1:], h0[None])) if reverse else torch.cat((h0[None], out[:-1]))
+    r, z, n, hn = _gates(linear(x, w_ih, b_ih), linear(h_before, w_hh, b_hh))
+    return h_before, z, _gate_derivatives(r, z, n, hn, h_before)
 
 
 def gru(

@@ -1,6 +1,6 @@
 """The ops as functions, with PyTorch's arguments.
 
-Both are differentiable (reverse mode), run under `torch.autocast`, `torch.vmap` and
+Both are differentiable (both modes, any order), run under `torch.autocast`, `torch.vmap` and
 `torch.compile`, and choose their implementation by device and dtype: Triton kernels on NVIDIA
 GPUs of compute capability 8.0 or more in float16, bfloat16 and float32, PyTorch's own GRU otherwise.
 """
@@ -27,6 +27,8 @@ def gru(
     train: bool,
     bidirectional: bool,
     batch_first: bool,
+    *,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     r"""A multi-layer GRU over a sequence; drop-in for `torch.gru`.
 
@@ -53,6 +55,7 @@ def gru(
         train: whether dropout is applied.
         bidirectional: D = 2 instead of 1.
         batch_first: layout of `input` and output.
+        recompute: with gradients, keep nothing but the results; the backward then runs the forward again.
 
     Returns:
         output [T, B, D*H] (or [B, T, D*H]), the last layer's hidden state at every step, and
@@ -64,13 +67,12 @@ def gru(
 
     Raises:
         RuntimeError: sizes, dtypes or devices do not fit; the message names the argument.
-        NotImplementedError: forward-mode AD or double backward.
 
     Source: Cho et al., "Learning Phrase Representations using RNN Encoder-Decoder" (2014), in the
     variant of `torch.nn.GRU`, where the reset gate acts after the product with W_hn.
     """
     return ops.gru.default(
-        input, hx, list(params), has_biases, num_layers, dropout, train, bidirectional, batch_first
+        input, hx, list(params), has_biases, num_layers, dropout, train, bidirectional, batch_first, recompute=recompute
     )
 
 
@@ -107,7 +109,6 @@ def gru_cell(
 
     Raises:
         RuntimeError: sizes, dtypes or devices do not fit; the message names the argument.
-        NotImplementedError: forward-mode AD or double backward.
 
     Source: as :func:`gru`; reference `torch.nn.GRUCell`.
     """

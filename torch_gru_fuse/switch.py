@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torch_gru_fuse import torch_hooks
 from torch_gru_fuse.ops.schemas import ops
-from torch_gru_fuse.passes.rewrite import cache_tag, rewrite
+from torch_gru_fuse.passes.rewrite import cache_tag, rewrite, settings
 
 log = logging.getLogger("torch_gru_fuse")
 
@@ -59,11 +59,16 @@ class enable:  # noqa: N801  (called as a function, as torch.no_grad is)
     Affects `torch.nn.GRU`, `torch.nn.GRUCell`, `torch.gru` and `torch.gru_cell` under
     ``torch.compile`` with its default backend (Inductor) and with AOTInductor.  Eager code, other
     backends, nn.LSTM and nn.RNN behave as without it.
+
+    Args:
+        recompute: in training, GRUs keep only their results between forward and backward; the backward runs the forward again.
+            Of a stack that is one of some seven times as many values, for the time of one more forward.
     """
 
-    def __init__(self) -> None:
-        self._was_enabled = _enabled
+    def __init__(self, *, recompute: bool = False) -> None:
+        self._before = _enabled, settings.recompute
         _set_enabled(True)
+        settings.recompute = recompute
 
     def __enter__(self) -> enable:
         return self
@@ -71,7 +76,8 @@ class enable:  # noqa: N801  (called as a function, as torch.no_grad is)
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _set_enabled(self._was_enabled)
+        was_enabled, settings.recompute = self._before
+        _set_enabled(was_enabled)
 
     def __repr__(self) -> str:
         return f"torch_gru_fuse.enable() [now {'enabled' if _enabled else 'disabled'}]"

@@ -14,7 +14,7 @@ import contextlib
 import functools
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,14 +56,64 @@ def nothing_intercepts() -> bool:
     )
 
 
+def call_below(op: Callable[..., Any], *args: Any) -> Any:
+    """``op(*args)`` without its autograd kernel, for the `forward` of a `SingleLevelFunction`.
+
+    There derivatives are switched off for good.  A `torch.func` transform further out takes its own from this very call, after
+    the innermost one has been taken off by the dispatcher, so they are switched on again for it.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        with below_autograd():
+            return op(*args)
+    with torch.enable_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(True), below_autograd():
+        return op(*args)
+
+
 def has_forward_tangent(tensors: Iterable[Tensor | None]) -> bool:
     """Whether forward-mode AD is active and one of `tensors` carries a tangent."""
-    if torch.autograd.forward_ad._current_level < 0:
+    # While a graph of Dynamo is traced, a transform or a mode is active, and the level is known to C++ alone.
+    if nothing_intercepts():
         return False
-    return any(
-        t is not None and torch.autograd.forward_ad.unpack_dual(t).tangent is not None
-        for t in tensors
-    )
+    return any(t is not None and torch._VF._unpack_dual(t, level=0)[1] is not None for t in tensors)
+
+
+@contextlib.contextmanager
+def tangents_of_outer_levels(tensors: Sequence[Tensor | None]) -> Iterator[list[Tensor | None]]:
+    """For the `jvp` of a `SingleLevelFunction`: `tensors` without the tangents that it is about.
+
+    There forward-mode AD is switched off, but as in :func:`call_below` transforms further out want it.
+    """
+    with torch.autograd.forward_ad._set_fwd_grad_enabled(True):
+        yield [None if t is None else torch._VF._unpack_dual(t, level=0)[0] for t in tensors]
+
+
+def register_vmap(
+    library: torch.library.Library,
+    name: str,
+    rule: Callable[..., tuple[Any, Any]],
+    composite: Callable[..., Any],
+    prefers_composite: Callable[..., bool],
+) -> None:
+    """What `torch.vmap` makes of the op `name`: `rule`, as for `torch.library.register_vmap`, or `composite`.
+
+    `composite` takes the arguments of the op and is made of ops that have rules of their own; each of them is mapped.  It
+    runs where ``prefers_composite(in_dims, *args)`` says so.
+    """
+    from torch._functorch.autograd_function import custom_function_call_vmap_helper
+    from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+    from torch._functorch.vmap import unwrap_batched
+
+    op = getattr(getattr(torch.ops, library.ns), name).default
+
+    def mapped(*args: Any) -> Any:
+        interpreter = retrieve_current_functorch_interpreter()
+        _, in_dims = unwrap_batched(args, interpreter.level())
+        if prefers_composite(in_dims, *args):
+            return composite(*args)
+        return custom_function_call_vmap_helper(interpreter, rule, op, *args)
+
+    library.impl(name, mapped, "FuncTorchBatched")
+    library.impl(name, composite, "Batched")
 
 
 _AUTOCAST_KEYS = {
@@ -75,6 +125,11 @@ _AUTOCAST_KEYS = {
 def below_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
     """Context in which a call of an op skips its autocast kernel for `device_type`."""
     return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS[device_type])
+
+
+def below_any_autocast() -> contextlib.AbstractContextManager[None]:
+    """Context in which autocast changes nothing, whatever the device."""
+    return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS["cpu"] | _AUTOCAST_KEYS["cuda"])
 
 
 # ---------------------------------------------------------------------------------------
@@ -164,10 +219,13 @@ def cudnn_runs(tensor: Tensor) -> bool:
     return (
         tensor.is_cuda
         and tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-        and torch.backends.cudnn.enabled
+        and cudnn_enabled()
         and _built_with_cudnn()
     )
 
+
+#: What `torch.backends.cudnn.enabled` reads; asking that takes eight times as long.
+cudnn_enabled = torch._C._get_cudnn_enabled
 
 _built_with_cudnn = functools.cache(torch.backends.cudnn.is_available)
 
@@ -250,6 +308,23 @@ def cudnn_gru_backward(
 # ---------------------------------------------------------------------------------------
 # CUDA
 # ---------------------------------------------------------------------------------------
+
+
+def like(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """A function of as many tensors: whether each is like the one of `tensors` in its place.
+
+    That is: type, dtype, device, shape, strides, `requires_grad`, and the dispatch keys of the tensor together with those of
+    the thread: autocast and inference mode show there, dispatch modes do not (`nothing_intercepts`).
+
+    These are Dynamo's guards: 0.1 us a tensor, a fifth of what asking in Python takes.  No tensor is kept.
+    """
+    guards = torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    return guards.check
+
+
+#: ``empty_strided_cuda(size, stride, dtype)`` on the current device, for which compiled code calls it: `torch.empty_strided`
+#: without the dispatcher takes half the time.
+empty_strided_cuda = torch._C._dynamo.guards._empty_strided_cuda
 
 
 def after_synchronize(callback: Callable[[], None]) -> None:

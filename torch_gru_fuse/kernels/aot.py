@@ -22,7 +22,17 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
-from . import cell, prepare, resident, staged, step, wavefront
+from . import (
+    cell,
+    prepare,
+    resident,
+    resident_backward,
+    staged,
+    staged_backward,
+    step,
+    wavefront,
+    wavefront_backward,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -219,11 +229,12 @@ def compile_whole_sequence(
     steps: int = 16,
     bias: bool = True,
     save_gates: bool = False,
+    masked: bool = False,
     capability: int = 89,
 ) -> Resources:
     """One launch of a plan: a stack, a layer, or, if ``reverse``, both directions of one.
 
-    hidden: any; it is padded as there.  steps, batch: not part of the code.
+    hidden: any; it is padded as there.  masked: with dropout.  steps, batch: not part of the code.
     """
     new = functools.partial(torch.empty, dtype=dtype, device="meta")
     lanes, padded = plan.lanes, -(-hidden // 16) * 16
@@ -243,6 +254,38 @@ def compile_whole_sequence(
         new(steps, batch, (2 if reverse else 1) * padded), new(lanes, batch, padded),
         new(lanes, steps, batch, 4, padded) if save_gates else None,
         new(4, dtype=torch.int64), plan=plan.kernel, units=hidden,
+        **(dict.fromkeys(("masks", "handed"), new(lanes - 1, steps, batch, padded)) if masked else {}),
+    )  # fmt: skip
+    return compile_launch(kernel, arguments, capability=capability)
+
+
+def compile_whole_sequence_backward(
+    dtype: torch.dtype,
+    plan: WholeSequencePlan,
+    *,
+    batch: int,
+    hidden: int,
+    reverse: bool = False,
+    steps: int = 16,
+    masked: bool = False,
+    capability: int = 89,
+) -> Resources:
+    """One launch of a plan's backward; hidden is a multiple of 16.  steps, batch: not part of the code."""
+    new = functools.partial(torch.empty, dtype=dtype, device="meta")
+    lanes = plan.lanes
+    stack = lanes > 1 and not reverse
+    launch, kernel = {
+        "resident": (resident_backward.resident_backward_launch, resident_backward.resident_backward_kernel),
+        "staged": (staged_backward.staged_backward_launch, staged_backward.staged_backward_kernel),
+        "wavefront": (wavefront_backward.wavefront_backward_launch, wavefront_backward.wavefront_backward_kernel),
+    }[plan.kernel.name]
+    w, out, state = new(3 * hidden, hidden), new(steps, batch, (2 if reverse else 1) * hidden), new(lanes, batch, hidden)
+    gates, below = new(lanes, steps, batch, 4, hidden), new(lanes - 1, steps, batch, hidden) if stack else None
+    programs = -(-batch // (plan.kernel.rows * getattr(plan.kernel, "tiles", 1)))
+    _, arguments = launch(
+        out, state, state, out, below, gates, [w] * (lanes - 1 if stack else 0), [w] * lanes, gates, state,
+        new(lanes, programs, 4, hidden, dtype=torch.float32), new(4, dtype=torch.int64),
+        plan=plan.kernel, **({"masks": below} if masked else {}),
     )  # fmt: skip
     return compile_launch(kernel, arguments, capability=capability)
 

@@ -96,6 +96,28 @@ fma.rn.ftz.f32 $0, a, 0f40000000, 0fBF800000; }""",
     )  # fmt: skip
 
 
+@gluon.jit
+def masked(b_h, b_mask):
+    """A state as it is stored, with dropout, as PyTorch multiplies the two; no NaN is the pattern."""
+    b_x = b_h.to(gl.float32) * b_mask.to(gl.float32)
+    return gl.where(b_x == b_x, b_x, float("nan")).to(b_h.dtype)
+
+
+@gluon.jit
+def gate_factors(b_r, b_z, b_n, b_hn, b_h):
+    """What the gradient of h_t is multiplied with to make those of hn, r, z, n; b_h is the state before the step."""
+    b_fn = (1.0 - b_z) * (1.0 - b_n * b_n)
+    b_fr = b_fn * b_hn * (b_r * (1.0 - b_r))
+    b_fz = (b_h - b_n) * (b_z * (1.0 - b_z))
+    return b_fn * b_r, b_fr, b_fz, b_fn
+
+
+@gluon.jit
+def without_pattern(b_x):
+    """b_x, its NaN canonical: it is none that says "not yet", and rounding it to tf32 leaves it a NaN."""
+    return gl.where(b_x == b_x, b_x, float("nan"))
+
+
 # ---- products and partial sums ----------------------------------------------------------------------------------------------
 
 
@@ -163,7 +185,7 @@ def most_registers(num_warps: int) -> int:
     return min(255, 65536 // (32 * num_warps))
 
 
-def check_launch(gi, h0, below, w_ih, w_hh, out, h_n, gates) -> bool:
+def check_launch(gi, h0, below, w_ih, w_hh, out, h_n, gates, masks=None, handed=None) -> bool:
     """Sizes; whether the lanes are two directions."""
     steps, batch = out.shape[:2]
     lanes, hidden = len(w_hh), h_n.shape[2]
@@ -178,16 +200,53 @@ def check_launch(gi, h0, below, w_ih, w_hh, out, h_n, gates) -> bool:
         assert h0.shape == (lanes, batch, hidden) and out.shape == (steps, batch, hidden)
         assert lanes == 1 or below is not None and below.shape == (lanes - 1, steps, batch, hidden)
     assert gates is None or gates.shape == (lanes, steps, batch, 4, hidden)
-    assert all(t is None or t.is_contiguous() for t in (gi, h0, below, *w_ih, *w_hh, out, h_n, gates))
+    assert (masks is None) == (handed is None)
+    assert masks is None or lanes > 1 and not reverse and masks.shape == handed.shape == below.shape
+    assert all(t is None or t.is_contiguous() for t in (gi, h0, below, *w_ih, *w_hh, out, h_n, gates, masks, handed))
     return reverse
 
 
-def launch_arguments(gi, h0, below, w_ih, w_hh, b_ih, b_hh, out, h_n, gates, error) -> dict[str, Any]:
+def launch_arguments(
+    gi, h0, below, w_ih, w_hh, b_ih, b_hh, out, h_n, gates, error, masks=None, handed=None
+) -> dict[str, Any]:
     """What is not constant; places that are not used hold pointers of the right kind."""
     return dict(
         p_gi=gi, p_h0=h0, p_below=out if below is None else below,
         p_w_ih=tuple(w_ih or w_hh[:1]), p_w_hh=tuple(w_hh),
         p_b_ih=None if b_ih is None else tuple(b_ih), p_b_hh=None if b_hh is None else tuple(b_hh),
+        p_masks=masks, p_masked=handed,
         p_out=out, p_h_n=h_n, p_gates=out if gates is None else gates, p_error=error,
         T=out.shape[0], B=out.shape[1],
+    )  # fmt: skip
+
+
+def check_backward(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums) -> bool:
+    """Sizes of a backward launch; whether the lanes are two directions."""
+    steps, batch = out.shape[:2]
+    lanes, _, hidden = h0.shape
+    reverse = lanes == 2 and out.shape[2] == 2 * hidden
+    assert hidden % 16 == 0 and len(w_hh) == lanes
+    assert out.shape == (steps, batch, hidden * (2 if reverse else 1)) and (dy is None or dy.shape == out.shape)
+    assert h0.shape == dhx.shape == (lanes, batch, hidden) and (dhn is None or dhn.shape == h0.shape)
+    assert gates.shape == d_gates.shape == (lanes, steps, batch, 4, hidden)
+    assert sums.shape[::2] == (lanes, 4) and sums.shape[3] == hidden
+    assert all(w.shape == (3 * hidden, hidden) for w in (*w_ih, *w_hh))
+    if reverse or lanes == 1:
+        assert not w_ih and masks is None
+    else:
+        assert len(w_ih) == lanes - 1 and below is not None and below.shape == (lanes - 1, steps, batch, hidden)
+        assert masks is None or masks.shape == below.shape
+    tensors = (dy, dhn, h0, out, below, gates, *w_ih, *w_hh, masks, d_gates, dhx, sums)
+    assert all(t is None or t.is_contiguous() for t in tensors)
+    return reverse
+
+
+def backward_arguments(
+    dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, error
+) -> dict[str, Any]:
+    """What is not constant of a backward launch; places that are not used hold pointers of the right kind."""
+    return dict(
+        p_dy=dy, p_dhn=dhn, p_h0=h0, p_out=out, p_below=out if below is None else below, p_gates=gates,
+        p_w_ih=tuple(w_ih or w_hh[:1]), p_w_hh=tuple(w_hh), p_masks=masks,
+        p_d_gates=d_gates, p_dhx=dhx, p_sums=sums, p_error=error, T=out.shape[0], B=out.shape[1],
     )  # fmt: skip

@@ -120,3 +120,18 @@ def prepare_launch(
         **prepare_constants(inputs_hidden=hx.shape[2], **sizes),
     )  # fmt: skip
     return prepare_grid(steps=out.shape[0], batch=batch, **sizes), arguments
+
+
+def fill_constants(*, hidden: int) -> dict[str, Any]:
+    """Constants and options of ``prepare_kernel`` where it only fills one sequence of ``hidden`` elements a row."""
+    return prepare_constants(lanes=1, hidden=hidden, inputs_hidden=hidden, reverse=False, fill_out=True, states=False)
+
+
+def fill_grid(*, steps: int, batch: int, hidden: int) -> tuple[int]:
+    """Its programs."""
+    return prepare_grid(steps=steps, batch=batch, lanes=1, hidden=hidden, reverse=False, fill_out=True, states=False)
+
+
+def fill_arguments(sequence: Any, host: Any, launch_id: int, error: Any, *, steps: int, batch: int) -> tuple[Any, ...]:
+    """Its other arguments, tensors or addresses: sequence [steps, batch, hidden]; host, launch_id and error as above."""
+    return sequence, host, sequence, sequence, sequence, sequence, error, launch_id, steps, batch

@@ -24,6 +24,7 @@ from .lanes import (
     dot,
     launch_arguments,
     load_biases,
+    masked,
     most_registers,
     round_operand,
     round_parameter,
@@ -79,7 +80,7 @@ def save_step(p_save, b_r, b_z, b_n, b_hn, m, dtype: gl.constexpr, H: gl.constex
 
 @gluon.jit(do_not_specialize=["T", "B"])
 def resident_kernel(
-    p_gi, p_h0, p_below, p_w_ih, p_w_hh, p_b_ih, p_b_hh,
+    p_gi, p_h0, p_below, p_w_ih, p_w_hh, p_b_ih, p_b_hh, p_masks, p_masked,
     p_out, p_h_n, p_gates, p_error,
     T, B,
     LANES: gl.constexpr, H: gl.constexpr, HX: gl.constexpr,
@@ -128,6 +129,8 @@ def resident_kernel(
     stride_st = B * (4 * H)
     p_seq = p_out
     p_save = p_gates
+    p_mask = p_masks
+    p_hand = p_masked
     if REVERSE:
         p_seq += l * (H + (steps - B) * ROW_H)
         p_gi += l * ((2 * steps - B) * ROW_G)
@@ -139,6 +142,9 @@ def resident_kernel(
         stride_st *= sign
     elif STACK:
         p_seq = gl.where(l == LANES - 1, p_out, p_below + l * (steps * H))
+        if p_masks is not None:
+            p_mask += gl.minimum(l, LANES - 2) * (steps * H)
+            p_hand += gl.minimum(l, LANES - 2) * (steps * H)
         if SAVE_GATES:
             p_save += l * (steps * (4 * H))
 
@@ -172,7 +178,12 @@ def resident_kernel(
     o_cu = gl.expand_dims(gl.arange(0, U, gl.SliceLayout(0, copy)), 0)
     o_cb = i_b * N + gl.expand_dims(gl.arange(0, N, gl.SliceLayout(1, copy)), 1)
     m_c = (o_cu < H) & (o_cb < B)
-    p_new = p_seq - stride_ht + (o_cb * ROW_H + o_cu)
+    o_c = o_cb * ROW_H + o_cu
+    p_new = p_seq - stride_ht + o_c
+    m_m = m_c & (l < LANES - 1)
+    if p_masks is not None:
+        p_mask += o_c - stride_ht
+        p_hand += o_c - stride_ht
 
     if STACK and l > 0:
         p_v = select(p_w_ih, l - 1)
@@ -183,11 +194,16 @@ def resident_kernel(
         m_k = o_k < H
         o_k = gl.where(m_k, o_k, o_k % KW)
         o_n = i_b * N + gl.expand_dims(gl.arange(0, N, gl.SliceLayout(0, right_x)), 0)
-        p_x = p_below + (l - 1) * (steps * H) + (o_k + gl.minimum(o_n, B - 1) * ROW_H)
+        p_handed = p_below
+        if p_masks is not None:
+            p_handed = p_masked
+        p_x = p_handed + (l - 1) * (steps * H) + (o_k + gl.minimum(o_n, B - 1) * ROW_H)
         b_x = issue(p_x, PACK // KW, 1, KW * BYTES, PACK)
         for t in range(0, T, 2):
             for i in gl.static_range(2):
                 if t + i < T:
+                    if p_masks is not None:
+                        b_mask = gl.load(p_mask, mask=m_m & (t + i > 0), other=0.0)
                     b_x = settle(b_x, p_x, p_error, PACK // KW, 1, KW * BYTES, PACK, TIMEOUT)
                     b_x = clear_beyond(b_x, m_k, U == H)
                     b_ar = dot(b_vr, b_x, b_bias_r)
@@ -206,8 +222,13 @@ def resident_kernel(
                     if HX < H:
                         b_h = gl.where(o_u < HX, b_h, 0.0)
                     s_hs[1 - i].permute([1, 0]).store(b_h.to(dtype))
-                    gl.store(p_new, s_hs[i].load(copy), mask=m_c & (t + i > 0))  # the state before this step
+                    b_before = s_hs[i].load(copy)  # the state before this step
+                    gl.store(p_new, b_before, mask=m_c & (t + i > 0))
                     p_new += stride_ht
+                    if p_masks is not None:
+                        gl.store(p_hand, masked(b_before, b_mask), mask=m_m & (t + i > 0))
+                        p_mask += stride_ht
+                        p_hand += stride_ht
                     if SAVE_GATES:
                         save_step(p_save, b_r, b_z, b_n, b_hn, m, dtype, H)
                         p_save += stride_st
@@ -229,6 +250,8 @@ def resident_kernel(
         for t in range(0, T, 4):
             for i in gl.static_range(4):
                 if t + i < T:
+                    if p_masks is not None:
+                        b_mask = gl.load(p_mask, mask=m_m & (t + i > 0), other=0.0)
                     async_copy.wait_group(2)
                     barrier()  # gi of this step and h before it are there, gi of the step before has been read
                     fetch(s_gis[(i + 3) % 4], p_g, m_c & (t + i + 3 < T), H)
@@ -252,8 +275,13 @@ def resident_kernel(
                     if HX < H:
                         b_h = gl.where(o_u < HX, b_h, 0.0)
                     s_hs[1 - i % 2].permute([1, 0]).store(b_h.to(dtype))
-                    gl.store(p_new, s_hs[i % 2].load(copy), mask=m_c & (t + i > 0))  # the state before this step
+                    b_before = s_hs[i % 2].load(copy)  # the state before this step
+                    gl.store(p_new, b_before, mask=m_c & (t + i > 0))
                     p_new += stride_ht
+                    if p_masks is not None:
+                        gl.store(p_hand, masked(b_before, b_mask), mask=m_m & (t + i > 0))
+                        p_mask += stride_ht
+                        p_hand += stride_ht
                     if SAVE_GATES:
                         save_step(p_save, b_r, b_z, b_n, b_hn, m, dtype, H)
                         p_save += stride_st
@@ -261,9 +289,12 @@ def resident_kernel(
     barrier()
     gl.store(p_h_n + l * (rows * H) + (o_b * H + o_u), b_h.to(dtype), mask=m)
     if T % 2 == 0:
-        gl.store(p_new, s_h0.load(copy), mask=m_c)
+        b_last = s_h0.load(copy)
     else:
-        gl.store(p_new, s_h1.load(copy), mask=m_c)
+        b_last = s_h1.load(copy)
+    gl.store(p_new, b_last, mask=m_c)
+    if p_masks is not None:
+        gl.store(p_hand, masked(b_last, gl.load(p_mask, mask=m_m, other=0.0)), mask=m_m)
 
 
 def resident_constants(
@@ -295,14 +326,16 @@ def resident_launch(
     *,
     plan: ResidentPlan,
     units: int | None = None,
+    masks: Tensor | None = None,
+    handed: Tensor | None = None,
     timeout_ns: int = 10_000_000_000,
 ) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and arguments of ``resident_kernel``; the tensors are those of ``wavefront_launch``, h0 is [lanes, B, H]."""
     lanes, (batch, hidden) = len(w_hh), h_n.shape[1:]
     assert h0.shape == h_n.shape and h0.is_contiguous()
     reverse = gi.dim() == 4
-    check_launch(gi, h0.view(batch, -1) if reverse else h0, below, w_ih, w_hh, out, h_n, gates)
-    arguments = launch_arguments(gi, h0, below, w_ih, w_hh, b_ih, b_hh, out, h_n, gates, error)
+    check_launch(gi, h0.view(batch, -1) if reverse else h0, below, w_ih, w_hh, out, h_n, gates, masks, handed)
+    arguments = launch_arguments(gi, h0, below, w_ih, w_hh, b_ih, b_hh, out, h_n, gates, error, masks, handed)
     arguments |= resident_constants(
         plan, lanes=lanes, hidden=hidden, units=units or hidden, reverse=reverse, save_gates=gates is not None,
         timeout_ns=timeout_ns,

@@ -152,7 +152,7 @@ def load_weights(p, m, layout: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["T", "B"])
 def staged_kernel(
-    p_gi, p_h0, p_below, p_w_ih, p_w_hh, p_b_ih, p_b_hh,
+    p_gi, p_h0, p_below, p_w_ih, p_w_hh, p_b_ih, p_b_hh, p_masks, p_masked,
     p_out, p_h_n, p_gates, p_error,
     T, B,
     LANES: gl.constexpr, H: gl.constexpr, HX: gl.constexpr,
@@ -170,7 +170,8 @@ def staged_kernel(
 
     gi = x W_i^T of each lane, [lanes, T, B, 3H], comes without bias.  Lane 1, if there are two, walks time backwards.  p_h0 and
     p_out hold rows of all lanes side by side, [B, lanes * H] and [T, B, lanes * H]; p_out comes filled with the pattern.
-    p_h_n is [lanes, B, H].  p_below and p_w_ih are not used.  H is a multiple of 16; units from HX on are padding and stay 0.
+    p_h_n is [lanes, B, H].  p_below, p_w_ih and the masks, which only a stack has, are not used.  H is a multiple of 16; units
+    from HX on are padding and stay 0.
     The warps: KS slices of k times MS along the units.  A tile of the state comes in PIECES along k: while one is multiplied
     the next is on its way.  With TILES > 1, then an even number, so is the next tile, and no one waits for the others.
     The fp32 states of more than two tiles are kept in shared memory.

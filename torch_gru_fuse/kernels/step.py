@@ -35,6 +35,20 @@ def round_tf32_kernel(p_x, p_y, N, BLOCK: tl.constexpr):
     tl.store(p_y + o, round_tf32(tl.load(p_x + o, m)), m)
 
 
+@triton.jit
+def transpose_kernel(p_x, p_y, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr):
+    """y [COLUMNS, ROWS] = x^T, rounded to tf32 if ROUND, a tile of BLOCK x BLOCK a program: bound by memory bandwidth."""
+    o_r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    b_x = tl.load(
+        p_x + o_r[:, None].to(tl.int64) * COLUMNS + o_c[None, :], (o_r[:, None] < ROWS) & (o_c[None, :] < COLUMNS), 0.0
+    )
+    if ROUND:
+        b_x = round_tf32(b_x)
+    m = (o_c[:, None] < COLUMNS) & (o_r[None, :] < ROWS)
+    tl.store(p_y + o_c[:, None].to(tl.int64) * ROWS + o_r[None, :], tl.trans(b_x), m)
+
+
 @triton.jit(do_not_specialize=["s", "T", "B"])
 def sequence_forward_kernel(
     p_gi, p_h, p_w_hh0, p_w_hh1, p_b_ih0, p_b_ih1, p_b_hh0, p_b_hh1,
@@ -43,6 +57,7 @@ def sequence_forward_kernel(
     D: tl.constexpr, H: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
     HAS_B_IH: tl.constexpr, HAS_B_HH: tl.constexpr, SAVE_GATES: tl.constexpr, TF32: tl.constexpr,
+    W_ROUNDED: tl.constexpr,
 ):  # fmt: skip
     """Step s of each direction, t = s or T-1-s, for a tile [batch, units].
 
@@ -52,7 +67,7 @@ def sequence_forward_kernel(
         out_t = n + z * (h - n)
 
     h is the state of the step before: out itself, or, at s = 0, the initial state, laid out like one step of out.
-    If TF32, W_hh comes rounded: T launches read what one has made.
+    If TF32, W_hh comes rounded (W_ROUNDED): T launches read what one has made; or it is rounded on the way.
     Every other step walks k from its end: what a step has read last is what L2 still holds for the next.  So weights that are
     larger than L2 come from memory only in part (H=4096, B=16, H200: fp16 1.79 and 1.59 ms for 64 steps, tf32 3.47 and 3.21).
     Saved for the backward, if SAVE_GATES: r, z, n, hn.
@@ -99,7 +114,7 @@ def sequence_forward_kernel(
     b_h = tl.load(p_h + r_h[:, None] * (D * H) + o_u[None, :], m, 0.0).to(tl.float32)
 
     b_ar, b_az, b_hn = project(
-        b_ar, b_az, b_hn, p_h, p_w, r_h, o_u, m_b, m_u, D * H, 1, H, 1, H, H, BLOCK_K, TF32, True,
+        b_ar, b_az, b_hn, p_h, p_w, r_h, o_u, m_b, m_u, D * H, 1, H, 1, H, H, BLOCK_K, TF32, W_ROUNDED,
         s % 2,
     )  # fmt: skip
     b_out, b_r, b_z, b_n = gru_gates(b_ar, b_az, b_anx, b_hn, b_h)
@@ -120,7 +135,7 @@ def sequence_backward_kernel(
     s, T, B,
     D: tl.constexpr, H: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_GRAD_OUT: tl.constexpr, TF32: tl.constexpr,
+    HAS_GRAD_OUT: tl.constexpr, TRANSPOSED: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
     """Step s of the backward of each direction, for a tile [batch, units]: gate gradients of t = T-1-s or s.
 
@@ -131,6 +146,7 @@ def sequence_backward_kernel(
         d_z  = g * (h - n) * z * (1 - z)
         carry = g * z
 
+    W_hh comes [3H, H], or TRANSPOSED; if TF32, rounded.
     "after" is the step that the forward did next; at s = 0 there is none and carry is the gradient of the last state.
     Launch s = T writes the g of "before the first step", without a grad_out: the gradient of h0.
     carry [D, B, H] is fp32 and updated in place, each element by the program that read it.
@@ -157,12 +173,18 @@ def sequence_backward_kernel(
     b_g = tl.load(p_carry + o_state, m, 0.0)
     if s > 0:
         p_d_after = p_d_gates + (((i_d * T + t_after).to(tl.int64) * B + o_b) * (4 * H))[:, None]
+        LAST: tl.constexpr = (3 * H - 1) // BLOCK_K * BLOCK_K
         for k in range(0, 3 * H, BLOCK_K):
-            o_k = k + tl.arange(0, BLOCK_K)
+            # every other step from the end: what of the weights the last step left in L2 comes first
+            o_k = k + (LAST - 2 * k) * (s % 2) + tl.arange(0, BLOCK_K)
             m_k = (o_k < 3 * H) | (3 * H % BLOCK_K == 0)
             o_w = tl.where(o_k < H, o_k + 2 * H, o_k - H).to(tl.int64)  # (n, r, z) -> rows of (r, z, n)
             b_d = tl.load(p_d_after + o_k[None, :], m_b[:, None] & m_k[None, :], 0.0)
-            b_w = tl.load(p_w + o_w[:, None] * H + o_u[None, :], m_k[:, None] & m_u[None, :], 0.0)
+            if TRANSPOSED:
+                p_kw = p_w + o_u[None, :].to(tl.int64) * (3 * H) + o_w[:, None]
+            else:
+                p_kw = p_w + o_w[:, None] * H + o_u[None, :]
+            b_w = tl.load(p_kw, m_k[:, None] & m_u[None, :], 0.0)
             b_g = dot(b_d, b_w, b_g, TF32, True)
 
     if s == T:
@@ -209,10 +231,15 @@ def sequence_forward_launch(gi, h0, w_hh, b_ih, b_hh, out, gates, *, tile: Tile,
         D=D, H=H,
         BLOCK_B=tile.block_b, BLOCK_U=tile.block_u, BLOCK_K=tile.block_k,
         HAS_B_IH=b_ih is not None, HAS_B_HH=b_hh is not None, SAVE_GATES=gates is not None,
-        TF32=tf32 and out.dtype == torch.float32,
+        TF32=tf32 and out.dtype == torch.float32, W_ROUNDED=H < _FROM_MEMORY,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return (triton.cdiv(B, tile.block_b), triton.cdiv(H, tile.block_u), D), arguments
+
+
+# From here on W_hh comes from memory at every step.  The backward reads its columns, rows of its transpose are faster (H=4096,
+# batch 16, 64 steps: fp16 1.70 and 1.93 ms, tf32 3.85 and 4.21).
+_FROM_MEMORY = 2048
 
 
 def sequence_backward_launch(grad_out, grad_hn, out, h0, w_hh, gates, d_gates, d_h0, *, tile: Tile, tf32: bool):
@@ -233,16 +260,13 @@ def sequence_backward_launch(grad_out, grad_hn, out, h0, w_hh, gates, d_gates, d
         s=0, T=T, B=B,
         D=D, H=H,
         BLOCK_B=tile.block_b, BLOCK_U=tile.block_u, BLOCK_K=tile.block_k,
-        HAS_GRAD_OUT=grad_out is not None, TF32=tf32 and out.dtype == torch.float32,
+        HAS_GRAD_OUT=grad_out is not None, TRANSPOSED=H >= _FROM_MEMORY, TF32=tf32 and out.dtype == torch.float32,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return (triton.cdiv(B, tile.block_b), triton.cdiv(H, tile.block_u), D), arguments
 
 
-def _weights(w_hh: Sequence[Tensor], tf32: bool) -> Sequence[Tensor]:
-    """As the kernels take them: rounded once, if they are float32 and go to the tensor cores."""
-    if not (tf32 and w_hh[0].dtype == torch.float32):
-        return w_hh
+def _rounded(w_hh: Sequence[Tensor]) -> Sequence[Tensor]:
     rounded = []
     for weight in w_hh:
         weight = weight.contiguous()
@@ -250,6 +274,17 @@ def _weights(w_hh: Sequence[Tensor], tf32: bool) -> Sequence[Tensor]:
         grid = (triton.cdiv(weight.numel(), 1024),)
         launch(round_tf32_kernel, grid, dict(p_x=weight, p_y=rounded[-1], N=weight.numel(), BLOCK=1024))
     return rounded
+
+
+def _transposed(w_hh: Sequence[Tensor], *, rounded: bool) -> Sequence[Tensor]:
+    transposed = []
+    for weight in w_hh:
+        weight, (rows, columns) = weight.contiguous(), weight.shape
+        transposed.append(weight.new_empty(columns, rows))
+        grid = (triton.cdiv(rows, 64), triton.cdiv(columns, 64))
+        arguments = dict(p_x=weight, p_y=transposed[-1], ROWS=rows, COLUMNS=columns, ROUND=rounded, BLOCK=64)
+        launch(transpose_kernel, grid, arguments)
+    return transposed
 
 
 def _launch_steps(kernel, grid: tuple[int, ...], arguments: dict, steps: range) -> None:
@@ -290,7 +325,8 @@ def sequence_forward(
     gi [D, T, B, 3H]: input projection without bias, in the dtype of the rest or float32; h0 [D, B, H]; w_hh, b_ih, b_hh:
     one tensor [3H, H], [3H], [3H] a direction.  The outputs are contiguous; other tensors that are not are copied once.
     """
-    w_hh = _weights(w_hh, tf32)
+    if tf32 and out.dtype == torch.float32 and h0.shape[2] < _FROM_MEMORY:
+        w_hh = _rounded(w_hh)
     grid, arguments = sequence_forward_launch(gi, h0, w_hh, b_ih, b_hh, out, gates, tile=tile, tf32=tf32)
     _launch_steps(sequence_forward_kernel, grid, arguments, range(1))
     arguments["p_h"] = out
@@ -316,7 +352,11 @@ def sequence_backward(
     ``d_gates[d].view(T, B, 4*H)`` then holds the gradient of the input projection in its last 3H columns, and that of
     the hidden projection in its first, gates rotated to (n, r, z); the products with them are left to the caller.
     """
-    w_hh = _weights(w_hh, tf32)
+    tf32 = tf32 and out.dtype == torch.float32
+    if h0.shape[2] >= _FROM_MEMORY:
+        w_hh = _transposed(w_hh, rounded=tf32)
+    elif tf32:
+        w_hh = _rounded(w_hh)
     grid, arguments = sequence_backward_launch(
         grad_out, grad_hn, out, h0, w_hh, gates, d_gates, d_h0, tile=tile, tf32=tf32
     )

@@ -30,6 +30,8 @@ Names as in ``gates``; besides, V elements of k make a vector of 16 bytes.
 
 from __future__ import annotations
 
+import functools
+from operator import or_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import triton
@@ -291,23 +293,42 @@ def _edges(plan: StreamPlan, layers: int) -> list[tuple[bool, bool]]:
     return [(plan.overlap and l + 1 < layers, plan.overlap and l > 0) for l in range(layers)]
 
 
-class _Stack(NamedTuple):
+class Stack(NamedTuple):
     """What calls with the same sizes have in common.
 
-    below, top: to be called with addresses, once a layer.  state_bytes: of h of a layer.
+    below, top: to be called with addresses, once a layer.  each: parameters of a layer.  state_bytes: of h of a layer.
     """
 
     below: list[Launcher]
     top: Launcher
     grid: tuple[int, int, int]
+    each: int
     state_bytes: int
     device: int
 
+    def launch(self, p_x: int, p_h0: int, p_params: Sequence[int], p_out: int, p_h_n: int) -> None:
+        """One step at these addresses, all of them multiples of 16.
 
-_stacks: dict[tuple, _Stack] = {}
+        p_params: of each layer, from the lowest, w_ih, w_hh and, with biases, b_ih, b_hh.
+        """
+        _, top, grid, each, state_bytes, device = self
+        stream = driver.active.get_current_stream(device)
+        no_biases = (None, None) if each == 2 else ()
+        i = 0
+        for run in self.below:
+            run(grid, stream, (p_x, p_h0, *p_params[i : i + each], *no_biases, None, p_h_n), True)
+            p_x = p_h_n
+            p_h0 += state_bytes
+            p_h_n += state_bytes
+            i += each
+        top(grid, stream, (p_x, p_h0, *p_params[i:], *no_biases, p_out, p_h_n), True)
 
 
-def _stack(x: Tensor, h0: Tensor, has_biases: bool, plan: StreamPlan) -> _Stack:
+_stacks: dict[tuple, Stack] = {}
+
+
+def stack_of(x: Tensor, h0: Tensor, has_biases: bool, plan: StreamPlan) -> Stack:
+    """The one for contiguous x, T = 1 or without time, and h0 [L, B, H] on their GPU."""
     key = (plan, x.shape, h0.shape, x.dtype, x.get_device(), has_biases)
     found = _stacks.get(key)
     if found is None:
@@ -317,21 +338,22 @@ def _stack(x: Tensor, h0: Tensor, has_biases: bool, plan: StreamPlan) -> _Stack:
     return found
 
 
-def _make_stack(x: Tensor, h0: Tensor, has_biases: bool, plan: StreamPlan) -> _Stack:
+def _make_stack(x: Tensor, h0: Tensor, has_biases: bool, plan: StreamPlan) -> Stack:
     layers, batch, hidden = h0.shape
     dtype, device = x.dtype, x.get_device()
     bias = dtype if has_biases else None
     state_bytes = batch * hidden * dtype.itemsize
     assert x.is_contiguous() and h0.is_contiguous() and x.numel() == batch * x.shape[-1] and not state_bytes % 16
-    each = []
+    launchers = []
     for l, (before, after) in enumerate(_edges(plan, layers)):
         constants = stream_constants(
             plan, batch=batch, inputs=hidden if l else x.shape[-1], hidden=hidden, element_bytes=dtype.itemsize,
             before=before, after=after,
         )  # fmt: skip
         types = (dtype, dtype, dtype, dtype, bias, bias, dtype if l + 1 == layers else None, dtype)
-        each.append(launcher(stream_kernel, device, constants, types))
-    return _Stack(each[:-1], each[-1], (plan.programs(hidden), 1, 1), state_bytes, device)
+        launchers.append(launcher(stream_kernel, device, constants, types))
+    each = 4 if has_biases else 2
+    return Stack(launchers[:-1], launchers[-1], (plan.programs(hidden), 1, 1), each, state_bytes, device)
 
 
 def stream_forward(
@@ -362,32 +384,12 @@ def stream_forward(
             stream_kernel[grid](**arguments)
         return
 
-    tensors = [x, h0, output, h_n, *w_ih, *w_hh]
-    if b_ih is not None:
-        tensors += [*b_ih, *b_hh]
+    kinds = (w_ih, w_hh) if b_ih is None else (w_ih, w_hh, b_ih, b_hh)
+    tensors = [x, h0, output, h_n, *(parameter for layer in zip(*kinds, strict=True) for parameter in layer)]
     pointers = [t.data_ptr() for t in tensors]
-    bits = 0
-    for pointer in pointers:
-        bits |= pointer
-    if bits % 16:
+    if functools.reduce(or_, pointers) % 16:
         assert not (pointers[2] | pointers[3]) % 16
         tensors = [t.clone() if p % 16 else t for t, p in zip(tensors, pointers, strict=True)]  # kept until all is launched
         pointers = [t.data_ptr() for t in tensors]
-
-    stack = _stack(x, h0, b_ih is not None, plan)
-    grid, state_bytes = stack.grid, stack.state_bytes
-    stream = driver.active.get_current_stream(stack.device)
-    p_x, p_h0, p_out, p_h_n = pointers[:4]
-    p_b_ih = p_b_hh = None
-    i = 4
-    for run in stack.below:
-        if b_ih is not None:
-            p_b_ih, p_b_hh = pointers[i + 2 * layers], pointers[i + 3 * layers]
-        run(grid, stream, (p_x, p_h0, pointers[i], pointers[i + layers], p_b_ih, p_b_hh, None, p_h_n), True)
-        p_x = p_h_n
-        p_h0 += state_bytes
-        p_h_n += state_bytes
-        i += 1
-    if b_ih is not None:
-        p_b_ih, p_b_hh = pointers[i + 2 * layers], pointers[i + 3 * layers]
-    stack.top(grid, stream, (p_x, p_h0, pointers[i], pointers[i + layers], p_b_ih, p_b_hh, p_out, p_h_n), True)
+    p_x, p_h0, p_out, p_h_n, *p_params = pointers
+    stack_of(x, h0, b_ih is not None, plan).launch(p_x, p_h0, p_params, p_out, p_h_n)

@@ -26,6 +26,7 @@ from .lanes import (
     gate_layout,
     launch_arguments,
     load_biases,
+    masked,
     most_registers,
     round_parameter,
     select,
@@ -61,7 +62,7 @@ def tile_of(p_x, p_h, o_s, o_k, o_n, B, ROW_H: gl.constexpr, KX: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["T", "B"])
 def wavefront_kernel(
-    p_gi, p_h0, p_below, p_w_ih, p_w_hh, p_b_ih, p_b_hh,
+    p_gi, p_h0, p_below, p_w_ih, p_w_hh, p_b_ih, p_b_hh, p_masks, p_masked,
     p_out, p_h_n, p_gates, p_error,
     T, B,
     LANES: gl.constexpr, H: gl.constexpr, HX: gl.constexpr,
@@ -83,6 +84,8 @@ def wavefront_kernel(
     States.  A stack: p_h0 [lanes, B, H], the highest lane's sequence is p_out [T, B, H], the others' are p_below
     [lanes-1, T, B, H].  Two directions (REVERSE): p_h0 [B, 2H], p_out [T, B, 2H]; lane 1 walks memory backwards, from row T-1.
     The state before the first step is in p_h0, those before others in the lane's sequence.  p_h_n [lanes, B, H].
+    Dropout in a stack: p_masks, like p_below, multiply what a lane hands to the one above, which then takes it from p_masked,
+    which is like p_below and filled with the pattern, too.
 
     H is a multiple of 16.  Units from HX on are padding: their parameters are 0 and they stay 0, also beside Inf and NaN.
 
@@ -149,7 +152,12 @@ def wavefront_kernel(
         if STACK:
             p_h0 += l * stride_ht
             p_seq = gl.where(l == LANES - 1, p_out, p_below + l * (steps * H))
-            p_x = gl.where(l > 0, p_below + gl.maximum(l - 1, 0) * (steps * H), p_h0)
+            p_handed = p_below
+            if p_masks is not None:
+                p_handed = p_masked
+                p_mask = p_masks + gl.minimum(l, LANES - 2) * (steps * H)
+                p_hand = p_masked + gl.minimum(l, LANES - 2) * (steps * H)
+            p_x = gl.where(l > 0, p_handed + gl.maximum(l - 1, 0) * (steps * H), p_h0)
             if SAVE_GATES:
                 p_save += l * (steps * (4 * H))
 
@@ -190,7 +198,10 @@ def wavefront_kernel(
     b_bias_n = gl.expand_dims(biases[2], 1)
     b_bias_hn = gl.expand_dims(biases[3], 1)
     m = m_u & (o_b < B)
-    b_h = gl.load(p_h0 + o_b * ROW_H + o_u, mask=m, other=0.0).to(gl.float32)
+    o_h = o_b * ROW_H + o_u
+    if p_masks is not None:
+        m_m = m & (l < LANES - 1)
+    b_h = gl.load(p_h0 + o_h, mask=m, other=0.0).to(gl.float32)
     p_h_n += l * (rows * H)
     p_old, p_new = p_h0, p_seq  # the states before and after a step
     p_g = p_gi
@@ -242,6 +253,8 @@ def wavefront_kernel(
         b_xn = add_slices(s_x, 0, KH, over_h, gate)
         for t in range(T):
             p_x += gl.where(t + 1 < T, stride_ht, 0)
+            if p_masks is not None:
+                b_mask = gl.load(p_mask + o_h, mask=m_m, other=0.0)
             b_t = issue(p_old + o_t, VECTORS, K_VECTORS, VECTOR_BYTES, PACK)
             b_t = settle(b_t, p_old + o_t, p_error, VECTORS, K_VECTORS, VECTOR_BYTES, PACK, TIMEOUT)
             b_t = clear_beyond(b_t, m_k, WHOLE)
@@ -262,7 +275,11 @@ def wavefront_kernel(
             b_h = gl.where(b_h == b_h, b_h, float("nan"))
             if HX < H:
                 b_h = gl.where(o_u < HX, b_h, 0.0)
-            gl.store(p_new + (o_b * ROW_H + o_u), b_h.to(dtype), mask=m)
+            gl.store(p_new + o_h, b_h.to(dtype), mask=m)
+            if p_masks is not None:
+                gl.store(p_hand + o_h, masked(b_h.to(dtype), b_mask), mask=m_m)
+                p_mask += stride_ht
+                p_hand += stride_ht
             if SAVE_GATES:
                 p_st = p_save + (o_b * (4 * H) + o_u)
                 gl.store(p_st, b_r.to(dtype), mask=m)
@@ -296,6 +313,8 @@ def wavefront_kernel(
             b_xn = add_slices(s_n, 0, KX, over_x, gate)
             p_x += gl.where((l > 0) & (T > 1), stride_ht, 0)
         for t in range(T):
+            if p_masks is not None:
+                b_mask = gl.load(p_mask + o_h, mask=m_m, other=0.0)
             p_gt = p_g + (o_b * ROW_G + o_u)
             b_ar = gl.load(p_gt, mask=m_g, other=0.0).to(gl.float32)
             b_az = gl.load(p_gt + H, mask=m_g, other=0.0).to(gl.float32)
@@ -329,7 +348,11 @@ def wavefront_kernel(
             b_h = gl.where(b_h == b_h, b_h, float("nan"))
             if HX < H:
                 b_h = gl.where(o_u < HX, b_h, 0.0)
-            gl.store(p_new + (o_b * ROW_H + o_u), b_h.to(dtype), mask=m)
+            gl.store(p_new + o_h, b_h.to(dtype), mask=m)
+            if p_masks is not None:
+                gl.store(p_hand + o_h, masked(b_h.to(dtype), b_mask), mask=m_m)
+                p_mask += stride_ht
+                p_hand += stride_ht
             if SAVE_GATES:
                 p_st = p_save + (o_b * (4 * H) + o_u)
                 gl.store(p_st, b_r.to(dtype), mask=m)
@@ -384,6 +407,8 @@ def wavefront_launch(
     *,
     plan: WavefrontPlan,
     units: int | None = None,
+    masks: Tensor | None = None,
+    handed: Tensor | None = None,
     timeout_ns: int = 10_000_000_000,
 ) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and arguments of ``wavefront_kernel``; all tensors are contiguous, and H is a multiple of 16.
@@ -393,11 +418,11 @@ def wavefront_launch(
     of two directions h0 [B, 2H], out [T, B, 2H].
     w_ih: [3H, H] of each lane but the lowest, empty where there is none.  w_hh, b_ih, b_hh: one of each lane.
     h_n: [lanes, B, H].  gates: [lanes, T, B, 4, H] or None.  error: int64[4], see ``handover``.
-    units: those that are no padding.
+    units: those that are no padding.  masks, handed: with dropout in a stack, both like below; handed is filled like that.
     """
     lanes, (batch, hidden) = len(w_hh), h_n.shape[1:]
-    reverse = check_launch(gi, h0, below, w_ih, w_hh, out, h_n, gates)
-    arguments = launch_arguments(gi, h0, below, w_ih, w_hh, b_ih, b_hh, out, h_n, gates, error)
+    reverse = check_launch(gi, h0, below, w_ih, w_hh, out, h_n, gates, masks, handed)
+    arguments = launch_arguments(gi, h0, below, w_ih, w_hh, b_ih, b_hh, out, h_n, gates, error, masks, handed)
     arguments |= wavefront_constants(
         plan, lanes=lanes, hidden=hidden, units=units or hidden, reverse=reverse, save_gates=gates is not None,
         timeout_ns=timeout_ns,

@@ -32,13 +32,16 @@ def _cuda() -> ModuleType:
 def _implement(device_type: str, path) -> None:
     """Register the functions of the module `path()` for one device type."""
 
-    def gru_forward(*args):
+    def gru_forward(*args, recompute=False):
         *call, save = args
         return path().gru_forward(GRUCall(*call), save)
 
     def gru_backward(grad_output, grad_h_n, *args):
         *call, output, reserve, needs = args
-        return path().gru_backward(GRUCall(*call), grad_output, grad_h_n, output, reserve, needs)
+        call = GRUCall(*call)
+        if not reserve.numel():  # nothing was saved
+            _, _, reserve = path().gru_forward(call, True)
+        return path().gru_backward(call, grad_output, grad_h_n, output, reserve, needs)
 
     def gru_cell_forward(*args):
         return path().gru_cell_forward(*args)
@@ -54,20 +57,24 @@ def _implement(device_type: str, path) -> None:
 
 
 _on_cuda: dict[str, Callable[..., Any]] = {}
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+
+
+def goes_straight(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the dispatcher would do nothing but call the implementation for CUDA: the tensors are plain ones on CUDA, and
+    neither gradients nor a transform, a mode or a tracer ask for more."""
+    return (
+        tensors[0].is_cuda
+        and not torch.is_grad_enabled()
+        and PLAIN.issuperset(map(type, tensors))
+        and torch_hooks.nothing_intercepts()
+        and not any(t is not None and t.is_neg() for t in tensors)  # views whose sign is to be changed, of complex numbers
+    )
 
 
 def direct(name: str, tensors: Sequence[Tensor | None]) -> Callable[..., Any]:
-    """What to call for an op: its implementation, if the tensors are plain ones on CUDA and neither gradients nor a transform,
-    a mode or a tracer ask for more; otherwise the op."""
-    if (
-        tensors[0].is_cuda
-        and not torch.is_grad_enabled()
-        and _PLAIN.issuperset(map(type, tensors))
-        and torch_hooks.nothing_intercepts()
-    ):
-        return _on_cuda[name]
-    return getattr(ops, name).default
+    """What to call for an op: its implementation where the call goes straight there, otherwise the op."""
+    return _on_cuda[name] if goes_straight(tensors) else getattr(ops, name).default
 
 
 def _on_device(function):
@@ -76,20 +83,20 @@ def _on_device(function):
     Autocast has had its turn when an op gets here; products inside are not for it.
     """
 
-    def run(*args):
+    def run(*args, **options):
         if torch.is_autocast_enabled("cuda"):
             with torch_hooks.below_autocast("cuda"):
-                return on_device(*args)
-        return on_device(*args)
+                return on_device(*args, **options)
+        return on_device(*args, **options)
 
-    def on_device(*args):
+    def on_device(*args, **options):
         first = args[0] if isinstance(args[0], Tensor) else next(a for a in args if isinstance(a, Tensor))
         device = first.get_device()
         timeouts.check(device)
         if device == torch.cuda.current_device():
-            return function(*args)
+            return function(*args, **options)
         with torch.cuda.device(device):
-            return function(*args)
+            return function(*args, **options)
 
     return run
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from torch_gru_fuse import torch_hooks
-from torch_gru_fuse.ops import dispatch, registration
+from torch_gru_fuse.ops import differentiable, dispatch, ready_calls, registration
+from torch_gru_fuse.ops.call import GRUCall
 from torch_gru_fuse.ops.checks import check_gru
 from torch_gru_fuse.ops.schemas import library, ops
 
@@ -36,7 +37,13 @@ def gru_composite(
     train: bool,
     bidirectional: bool,
     batch_first: bool,
+    *,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    if not (train and dropout):
+        results = ready_calls.results(input, hx, params, has_biases, num_layers, bidirectional, batch_first)
+        if results is not None:
+            return results
     check_gru(input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)
     if batch_first:
         input = input.transpose(0, 1)
@@ -44,7 +51,7 @@ def gru_composite(
     if train and dropout > 0.0 and num_layers > 1:
         masks = _dropout_masks(input, hx, dropout, num_layers, bidirectional)
     forward = dispatch.direct("gru_forward", (input, hx, *params))
-    output, h_n, _ = forward(input, hx, params, has_biases, num_layers, bidirectional, masks, False)
+    output, h_n, _ = forward(input, hx, params, has_biases, num_layers, bidirectional, masks, False, recompute=recompute)
     return (output.transpose(0, 1) if batch_first else output), h_n
 
 
@@ -58,16 +65,17 @@ class _GRUFunction(torch_hooks.SingleLevelFunction):
     """Differentiates `gru_forward` by `gru_backward`."""
 
     @staticmethod
-    def forward(input, hx, masks, has_biases, num_layers, bidirectional, *params):
-        with torch_hooks.below_autograd():
-            return ops.gru_forward.default(
-                input, hx, list(params), has_biases, num_layers, bidirectional, masks, True
-            )
+    def forward(input, hx, masks, recompute, has_biases, num_layers, bidirectional, *params):
+        save = not recompute
+        return torch_hooks.call_below(
+            ops.gru_forward.default, input, hx, list(params), has_biases, num_layers, bidirectional, masks, save
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, hx, masks, *ctx.flags = inputs[:6]
-        ctx.save_for_backward(input, hx, masks, output[0], output[2], *inputs[6:])
+        input, hx, masks, _, *ctx.flags = inputs[:7]
+        ctx.save_for_backward(input, hx, masks, output[0], output[2], *inputs[7:])
+        ctx.save_for_forward(input, hx, masks, *inputs[7:])
         ctx.mark_non_differentiable(output[2])
         ctx.set_materialize_grads(False)
 
@@ -75,22 +83,36 @@ class _GRUFunction(torch_hooks.SingleLevelFunction):
     def backward(ctx, grad_output, grad_h_n, _reserve):
         input, hx, masks, output, reserve, *params = ctx.saved_tensors
         if grad_output is None and grad_h_n is None:
-            return (None,) * (6 + len(params))
-        need_input, need_hx, _, _, _, _, *need_params = ctx.needs_input_grad
+            return (None,) * (7 + len(params))
+        need_input, need_hx, _, _, _, _, _, *need_params = ctx.needs_input_grad
         needs = [need_input, need_hx, *need_params]
         grads = iter(ops.gru_backward.default(
             grad_output, grad_h_n, input, hx, params, *ctx.flags, masks, output, reserve, needs
         ))
         grad_input, grad_hx, *grad_params = (next(grads) if need else None for need in needs)
-        return grad_input, grad_hx, None, None, None, None, *grad_params
+        return grad_input, grad_hx, None, None, None, None, None, *grad_params
+
+    @staticmethod
+    def jvp(ctx, d_input, d_hx, _masks, _recompute, _has_biases, _num_layers, _bidirectional, *d_params):
+        with torch_hooks.tangents_of_outer_levels(ctx.saved_tensors) as (input, hx, masks, *params):
+            call = GRUCall(input, hx, params, *ctx.flags, masks)
+            return *differentiable.gru_tangents(call, (d_input, d_hx, *d_params)), None
 
 
-def _forward_autograd(input, hx, params, has_biases, num_layers, bidirectional, dropout_masks, save):
+def _forward_autograd(
+    input, hx, params, has_biases, num_layers, bidirectional, dropout_masks, save, *, recompute=False
+):  # fmt: skip
+    if not save and dropout_masks is None:
+        results = ready_calls.results(input, hx, params, has_biases, num_layers, bidirectional, False)
+        if results is not None:
+            return *results, input.new_empty(0)
     tensors = (input, hx, *params)
-    registration.refuse_forward_mode("gru", (*tensors, dropout_masks))
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if dropout_masks is not None and registration.is_differentiated((dropout_masks,)):
+        raise RuntimeError("torch_gru_fuse.gru_forward: dropout_masks are constants, but they require grad or carry a tangent; "
+                           "pass dropout_masks.detach()")  # fmt: skip
+    if registration.is_differentiated(tensors):
         return torch_hooks.apply_single_level(
-            _GRUFunction, input, hx, dropout_masks, has_biases, num_layers, bidirectional, *params
+            _GRUFunction, input, hx, dropout_masks, recompute, has_biases, num_layers, bidirectional, *params
         )
     with torch_hooks.below_autograd():
         return ops.gru_forward.default(
@@ -98,26 +120,31 @@ def _forward_autograd(input, hx, params, has_biases, num_layers, bidirectional, 
         )
 
 
+def _gradients(grad_output, grad_h_n, *args):
+    *call, needs = args
+    return differentiable.gru_gradients(GRUCall(*call), grad_output, grad_h_n, needs)
+
+
 library.impl("gru_forward", _forward_autograd, "Autograd")
-registration.refuse_double_backward("gru_backward")
+registration.differentiable_backward("gru_backward", _gradients, of_forward=2)
 
 
 # ---- autocast -------------------------------------------------------------------------
 
 
-def _gru_autocast_cuda(input, hx, params, *rest):
+def _gru_autocast_cuda(input, hx, params, *rest, **options):
     # torch.gru casts to float16 for cuDNN, whatever dtype autocast was given (aten/src/ATen/cudnn/AutocastRNN.cpp).
     dtype = torch.float16 if torch_hooks.cudnn_runs(input) else torch.get_autocast_dtype("cuda")
     cast = registration.cast_to(dtype, "cuda")
     with torch_hooks.below_autocast("cuda"):
-        return ops.gru.default(cast(input), cast(hx), [cast(p) for p in params], *rest)
+        return ops.gru.default(cast(input), cast(hx), [cast(p) for p in params], *rest, **options)
 
 
-def _gru_autocast_cpu(input, hx, params, *rest):
+def _gru_autocast_cpu(input, hx, params, *rest, **options):
     # torch.gru keeps the dtype of the hidden state under CPU autocast.
     cast = registration.cast_to(hx.dtype, "cpu")
     with torch_hooks.below_autocast("cpu"):
-        return ops.gru.default(cast(input), hx, [cast(p) for p in params], *rest)
+        return ops.gru.default(cast(input), hx, [cast(p) for p in params], *rest, **options)
 
 
 library.impl("gru", _gru_autocast_cuda, "AutocastCUDA")
@@ -125,6 +152,11 @@ library.impl("gru", _gru_autocast_cpu, "AutocastCPU")
 
 
 # ---- vmap -----------------------------------------------------------------------------
+#
+# Samples that share their weights are more rows of the batch: one launch, and the gradients of inputs and states with it.
+# Gradients of shared weights, one a sample, and many gradients of one forward (Jacobians) are none of what `gru_backward`
+# returns: the differentiable formulation has them, its operations mapped one by one.  Samples with weights of their own
+# (ensembles) are launched one after the other.
 
 
 def _fold(tensor: Tensor, dim: int | None, size: int, batch_dim: int) -> Tensor:
@@ -135,23 +167,52 @@ def _fold(tensor: Tensor, dim: int | None, size: int, batch_dim: int) -> Tensor:
 
 @torch.library.register_vmap("torch_gru_fuse::gru_forward", lib=library)
 def _gru_forward_vmap(
-    info, in_dims, input, hx, params, has_biases, num_layers, bidirectional, dropout_masks, save
+    info, in_dims, input, hx, params, has_biases, num_layers, bidirectional, dropout_masks, save, *, recompute=False
 ):
     input_dim, hx_dim, param_dims, *_, mask_dim, _ = in_dims
     n = info.batch_size
-    if save or any(d is not None for d in param_dims):  # each sample has its own weights, or its own reserve
+    if any(d is not None for d in param_dims):
         return registration.loop_vmap(
             ops.gru_forward.default, n, in_dims,
             (input, hx, params, has_biases, num_layers, bidirectional, dropout_masks, save),
         )  # fmt: skip
-    # One launch for all samples: they are more rows of the batch.
     masks = None if dropout_masks is None else _fold(dropout_masks, mask_dim, n, 2)
     output, h_n, reserve = ops.gru_forward.default(
         _fold(input, input_dim, n, 1), _fold(hx, hx_dim, n, 1), params, has_biases, num_layers, bidirectional, masks, save
     )
-    return (output.unflatten(1, (n, -1)), h_n.unflatten(1, (n, -1)), reserve), (1, 1, None)
+    # Every sample gets the reserve of all: mapped, without a copy, so that the backward knows which vmap made it.
+    return (output.unflatten(1, (n, -1)), h_n.unflatten(1, (n, -1)), reserve.expand(n, *reserve.shape)), (1, 1, 0)
 
 
-@torch.library.register_vmap("torch_gru_fuse::gru_backward", lib=library)
-def _gru_backward_vmap(info, in_dims, *args):
-    return registration.loop_vmap(ops.gru_backward.default, info.batch_size, in_dims, args)
+def _gru_backward_vmap(
+    info, in_dims, grad_output, grad_h_n, input, hx, params, has_biases, num_layers, bidirectional, dropout_masks, output,
+    reserve, needs,
+):  # fmt: skip
+    n = info.batch_size
+    grad_output_dim, grad_h_n_dim, input_dim, hx_dim, param_dims, *_, mask_dim, output_dim, reserve_dim, _ = in_dims
+    if any(d is not None for d in param_dims):
+        args = (grad_output, grad_h_n, input, hx, params, has_biases, num_layers, bidirectional, dropout_masks, output, reserve)
+        return registration.loop_vmap(ops.gru_backward.default, n, in_dims, (*args, needs))
+    grads = ops.gru_backward.default(
+        None if grad_output is None else _fold(grad_output, grad_output_dim, n, 1),
+        None if grad_h_n is None else _fold(grad_h_n, grad_h_n_dim, n, 1),
+        _fold(input, input_dim, n, 1), _fold(hx, hx_dim, n, 1), params, has_biases, num_layers, bidirectional,
+        None if dropout_masks is None else _fold(dropout_masks, mask_dim, n, 2),
+        _fold(output, output_dim, n, 1), reserve.select(reserve_dim, 0), needs,
+    )  # fmt: skip
+    return [grad.unflatten(1, (n, -1)) for grad in grads], [1] * len(grads)
+
+
+def _gru_backward_composite(*args):
+    *call, _output, _reserve, needs = args
+    return _gradients(*call, needs)
+
+
+def _no_launch_has_them(in_dims, *args) -> bool:
+    _, _, _, _, param_dims, *_, reserve_dim, _ = in_dims
+    shared_weights = all(d is None for d in param_dims)
+    _, _, *need_params = args[-1]
+    return shared_weights and (any(need_params) or reserve_dim is None)  # without the latter one forward was run for all
+
+
+torch_hooks.register_vmap(library, "gru_backward", _gru_backward_vmap, _gru_backward_composite, _no_launch_has_them)

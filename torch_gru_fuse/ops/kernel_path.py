@@ -25,7 +25,7 @@ from torch_gru_fuse.kernels.cell import cell_backward, cell_forward, cell_gates
 from torch_gru_fuse.kernels.launch import DoesNotFit
 from torch_gru_fuse.kernels.step import sequence_backward, sequence_forward
 from torch_gru_fuse.kernels.stream import stream_forward
-from torch_gru_fuse.ops import cudnn_path, torch_path, whole_path
+from torch_gru_fuse.ops import cudnn_path, ready_calls, torch_path, whole_backward, whole_path
 from torch_gru_fuse.ops.call import GRUCall
 from torch_gru_fuse.ops.schemas import empty_cell_results
 from torch_gru_fuse.ops.support import gpu_of, why_not_kernels
@@ -41,6 +41,8 @@ log = logging.getLogger("torch_gru_fuse")
 
 #: Whole-sequence plans that a GPU could not run, although by its description it can: parts of it were taken (MPS, others).
 _refused: dict[tuple[int, WholeSequencePlan], str] = {}
+#: The same of backwards.
+_refused_backward: dict[tuple[int, WholeSequencePlan], str] = {}
 #: Plan and path of the forward that made a reserve.
 _made_by = torch_hooks.StorageTable()
 
@@ -48,13 +50,13 @@ _made_by = torch_hooks.StorageTable()
 _plans: dict[tuple, Plan] = {}
 
 
-def _plan(call: GRUCall, *, training: bool) -> Plan:
+def plan_of(call: GRUCall, *, training: bool) -> Plan:
     x = call.input
     dtype, device = x.dtype, x.get_device()
     tf32_allowed = dtype == torch.float32 and torch_hooks.rnn_allows_tf32()
     cudnn = torch_hooks.cudnn_runs(x)
-    dropout = call.dropout_masks is not None
     captured = not training and x.is_cuda and torch.cuda.is_current_stream_capturing()
+    dropout = call.dropout_masks is not None
     # all that the plan depends on
     key = (
         x.shape, call.hx.shape, dtype, device, call.bidirectional, training, tf32_allowed, cudnn, dropout, captured,
@@ -94,6 +96,7 @@ def _refuse(call: GRUCall, plan: Plan, error: DoesNotFit) -> None:
     if (device, plan.whole) not in _refused:
         log.warning("torch_gru_fuse.gru: whole sequences in one launch do not fit, another kernel runs: %s", reason)
     _refused[device, plan.whole] = reason
+    ready_calls.forget()
 
 
 def _parameters(call: GRUCall, layer: int) -> tuple[list[Tensor] | None, ...]:
@@ -115,7 +118,7 @@ def _input_projection(rows: Tensor, weight: Tensor, out: Tensor) -> None:
 def gru_forward(call: GRUCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     if call.B == 0:
         return call.empty_results(save)
-    plan = _plan(call, training=save)
+    plan = plan_of(call, training=save)
     if plan.kernel == "stream":
         return _stream_forward(call, plan)
     if plan.kernel == "whole":
@@ -198,7 +201,7 @@ def gru_backward(
     if made_by is not None:
         plan, path = made_by
     else:
-        plan = _plan(call, training=True)
+        plan = plan_of(call, training=True)
         path = None
         if plan.kernel == "torch":
             path = cudnn_path if torch_hooks.cudnn_runs(call.input) else torch_path
@@ -206,54 +209,101 @@ def gru_backward(
         return path.gru_backward(call, grad_output, grad_h_n, output, reserve, needs)
     layer_outputs, gates = call.saved_gates(reserve)
     need_input, _, *need_params = needs
+    d_gates = torch.empty_like(gates)
     grad_hx = call.hx.new_empty(call.hx.shape)
     grad_params: list[Tensor | None] = [None] * len(call.params)
 
-    grad = grad_output
-    for layer in reversed(range(call.L)):
-        w_ih, w_hh, _, _ = _parameters(call, layer)
-        states = call.states(layer)
-        out = output if layer == call.L - 1 else layer_outputs[layer]
-        d_gates = torch.empty_like(gates[layer])
-        sequence_backward(
-            grad, None if grad_h_n is None else grad_h_n[states], out, call.hx[states], w_hh,
-            gates[layer], d_gates, grad_hx[states], tile=plan.tile, tf32=plan.tf32,
-        )  # fmt: skip
-        x = call.layer_input(layer, layer_outputs)
-        rows = x.reshape(T * B, x.shape[2])
+    grad, top = grad_output, call.L - 1
+    while top >= 0:
+        layers, sums = _gate_gradients(call, plan, top, grad, grad_h_n, output, layer_outputs, gates, d_gates, grad_hx)
+        for layer in range(top, top - layers, -1):
+            out = output if layer == call.L - 1 else layer_outputs[layer]
+            x = call.layer_input(layer, layer_outputs)
+            rows = x.reshape(T * B, x.shape[2])
+            with _products(plan, x.dtype):
+                for d in range(D):
+                    state = layer * D + d
+                    places = call.places(state)
+                    d_rows = d_gates[layer, d].view(T * B, 4 * H)
+                    sums_d = None if sums is None else sums[layer - top + layers - 1, d]
+                    grad_params[places] = _parameter_grads(
+                        d_rows, rows, call.hx[state], out, d, sums_d, need_params[places]
+                    )
+        top -= layers
         grad = None
-        with _products(plan, x.dtype):
-            for d in range(D):
-                places = call.places(layer * D + d)
-                d_rows = d_gates[d].view(T * B, 4 * H)
-                grad_params[places] = _parameter_grads(d_rows, rows, call.hx[layer * D + d], out, d, need_params[places])
-                if layer > 0 or need_input:
-                    d_input = d_rows[:, H:]  # reset, update, candidate
-                    grad = torch.mm(d_input, w_ih[d]) if grad is None else grad.addmm_(d_input, w_ih[d])
-        if grad is not None:
-            grad = grad.view(x.shape)
-            if layer > 0:
-                grad = call.mask(grad, layer - 1)
+        if top >= 0 or need_input:
+            with _products(plan, output.dtype):
+                for d in range(D):
+                    w_ih = call.parameters((top + 1) * D + d)[0]
+                    d_input = d_gates[top + 1, d].view(T * B, 4 * H)[:, H:]  # reset, update, candidate
+                    grad = torch.mm(d_input, w_ih) if grad is None else grad.addmm_(d_input, w_ih)
+            grad = grad.view(T, B, -1)
+            if top >= 0:
+                grad = call.mask(grad, top)
     return [g for g, need in zip([grad, grad_hx, *grad_params], needs, strict=True) if need]
 
 
+def _gate_gradients(
+    call: GRUCall, plan: Plan, top: int, grad: Tensor | None, grad_h_n: Tensor | None, output: Tensor, layer_outputs: Tensor,
+    gates: Tensor, d_gates: Tensor, grad_hx: Tensor,
+) -> tuple[int, Tensor | None]:  # fmt: skip
+    """Of the layers from ``top`` down that one launch takes: how many they are, and the sums [layers, D, 4, H] of d_gates."""
+    out = output if top == call.L - 1 else layer_outputs[top]
+    whole, device = plan.backward, call.input.get_device()
+    if whole is not None and (device, whole) not in _refused_backward:
+        layers = whole.lanes // call.D
+        try:
+            sums = whole_backward.gate_gradients(
+                call, whole, top - layers + 1, grad, grad_h_n, out, layer_outputs, gates, d_gates, grad_hx
+            )
+            return layers, sums.unflatten(0, (layers, call.D))
+        except DoesNotFit as error:
+            reason = _refused_backward[device, whole] = f"{error} (cuda:{device}, {whole})"
+            log.warning(
+                "torch_gru_fuse.gru: the backward of whole sequences in one launch does not fit, one launch a step runs: %s",
+                reason,
+            )
+    states = call.states(top)
+    w_hh = _parameters(call, top)[1]
+    sequence_backward(
+        grad, None if grad_h_n is None else grad_h_n[states], out, call.hx[states], w_hh,
+        gates[top], d_gates[top], grad_hx[states], tile=plan.backward_tile, tf32=plan.tf32,
+    )  # fmt: skip
+    return 1, None
+
+
 def _parameter_grads(
-    d_rows: Tensor, rows: Tensor, h0: Tensor, out: Tensor, direction: int, needs: list[bool]
+    d_rows: Tensor, rows: Tensor, h0: Tensor, out: Tensor, direction: int, sums: Tensor | None, needs: list[bool]
 ) -> list[Tensor | None]:
-    """Gradients of w_ih, w_hh (, b_ih, b_hh) from d_rows [T*B, 4H] = gradients of (hn, r, z, n)."""
+    """Gradients of w_ih, w_hh (, b_ih, b_hh) from d_rows [T*B, 4H], of (hn, r, z, n), and its sums [4, H] if known."""
     T, B = out.shape[:2]
     H = h0.shape[1]
     d_input, d_hidden = d_rows[:, H:], d_rows[:, : 3 * H]
     grads: list[Tensor | None] = [d_input.t() @ rows if needs[0] else None, None]
     if needs[1]:
         columns = out[:, :, direction * H : (direction + 1) * H]
-        before = [h0[None], columns[:-1]] if direction == 0 else [columns[1:], h0[None]]
-        grads[1] = _unrotate(d_hidden.t() @ torch.cat(before).view(T * B, H))
+        grads[1] = _hidden_weight_grad(d_hidden, h0, columns, backwards=direction == 1)
     if len(needs) == 4:
-        sums = d_rows.sum(0) if any(needs[2:]) else None  # accumulated in float32 by torch.sum
-        grads.append(sums[H:].clone() if needs[2] else None)
-        grads.append(_unrotate(sums[: 3 * H]) if needs[3] else None)
+        if sums is None and any(needs[2:]):
+            sums = d_rows.sum(0).view(4, H)  # accumulated in float32 by torch.sum
+        grads.append(sums[1:].flatten().to(out.dtype, copy=True) if needs[2] else None)
+        grads.append(_unrotate(sums[:3].flatten()).to(out.dtype) if needs[3] else None)
     return grads
+
+
+def _hidden_weight_grad(d_hidden: Tensor, h0: Tensor, states: Tensor, *, backwards: bool) -> Tensor:
+    """Gradient of w_hh [3H, H] from d_hidden [T*B, 3H], of (hn, r, z), h0 [B, H] and the states after the steps [T, B, H]."""
+    T, B, H = states.shape
+    before = states[1:] if backwards else states[:-1]  # but for the first step, before which there is h0
+    if T * B <= 3 * H:  # copying the states is cheaper than going over the result twice more
+        before = torch.cat((before, h0[None]) if backwards else (h0[None], before)).view(T * B, H)
+        grad = h0.new_empty(3 * H, H)
+        torch.mm(d_hidden[:, H:].t(), before, out=grad[: 2 * H])
+        torch.mm(d_hidden[:, :H].t(), before, out=grad[2 * H :])
+        return grad
+    first, others = (d_hidden[-B:], d_hidden[:-B]) if backwards else (d_hidden[:B], d_hidden[B:])
+    grad = first.t() @ h0
+    return _unrotate(grad.addmm_(others.t(), before.flatten(0, 1)))
 
 
 def _unrotate(d_hidden: Tensor) -> Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from torch_gru_fuse import torch_hooks
 from torch_gru_fuse.ops.schemas import library, ops
@@ -18,42 +19,69 @@ def composite(name: str, function: Callable[..., Any]) -> None:
     library.impl(name, function, "FuncTorchBatchedDecomposition")
 
 
-def refuse_forward_mode(name: str, tensors: Iterable[Tensor | None]) -> None:
-    if torch_hooks.has_forward_tangent(tensors):
-        raise NotImplementedError(
-            f"torch_gru_fuse.{name}: forward-mode AD (torch.func.jvp, dual tensors) is not supported "
-            f"yet; call torch.{name} or an uncompiled nn module for that"
-        )
+def is_differentiated(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a call with these tensors has derivatives, of one mode or the other."""
+    return (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)) or (
+        torch_hooks.has_forward_tangent(tensors)
+    )
 
 
-class _NoDoubleBackward(torch_hooks.SingleLevelFunction):
-    """Runs a backward op and refuses to be differentiated again."""
+class _BackwardFunction(torch_hooks.SingleLevelFunction):
+    """Runs a backward op; its derivatives are those of `gradients`, the same function made of differentiable ops."""
 
     @staticmethod
-    def forward(op, arg_spec, *leaves):
-        with torch_hooks.below_autograd():
-            return tuple(op(*torch.utils._pytree.tree_unflatten(list(leaves), arg_spec)))
+    def forward(op, gradients, of_forward, needs, spec, *leaves):
+        return tuple(torch_hooks.call_below(op, *tree_unflatten(leaves, spec), *of_forward, needs))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.name = inputs[0]._schema.name.split("::")[1].removesuffix("_backward")
+        _, ctx.gradients, _, ctx.needs, ctx.spec, *leaves = inputs
+        ctx.save_for_backward(*(leaf if isinstance(leaf, Tensor) else None for leaf in leaves))
+        ctx.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, *grads):
-        raise NotImplementedError(
-            f"torch_gru_fuse.{ctx.name}: double backward (create_graph=True followed by another "
-            f"derivative) is not supported yet; call torch.{ctx.name} or an uncompiled nn module for that"
-        )
+    def backward(ctx, *cotangents):
+        create_graph = torch.is_grad_enabled()
+        arrived = iter(cotangents)
+        needs = [need and next(arrived) is not None for need in ctx.needs]
+        leaves = [other if saved is None else saved for saved, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
+        first = len(ctx.needs_input_grad) - len(leaves)
+        varied = [i for i, need in enumerate(ctx.needs_input_grad[first:]) if need]
+        results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        with torch.enable_grad(), torch_hooks.below_any_autocast():
+            for i in varied:  # a view: it is varied alone, and not what it was made from
+                leaves[i] = leaves[i].view_as(leaves[i])
+            grads = ctx.gradients(*tree_unflatten(leaves, ctx.spec), needs)
+            pairs = zip(grads, (c for c in cotangents if c is not None), strict=True)
+            if pairs := [(grad, cotangent) for grad, cotangent in pairs if grad.requires_grad]:
+                grads, cotangents = zip(*pairs, strict=True)
+                inputs = [leaves[i] for i in varied]
+                found = torch.autograd.grad(grads, inputs, cotangents, create_graph=create_graph, allow_unused=True)
+                for i, grad in zip(varied, found, strict=True):
+                    results[first + i] = grad
+        return tuple(results)
 
 
-def refuse_double_backward(name: str) -> None:
-    """Register an autograd kernel for a backward op that raises when it is differentiated."""
+def differentiable_backward(name: str, gradients: Callable[..., list[Tensor]], of_forward: int) -> None:
+    """Register an autograd kernel for a backward op, so that gradients can be differentiated.
+
+    The last arguments of the op are what the forward saved (`of_forward` of them) and `needs`.  The former are functions of
+    the others and have no gradients of their own; `gradients` takes the rest.
+    """
     op = getattr(ops, name).default
 
     def autograd(*args: Any) -> list[Tensor]:
-        leaves, spec = torch.utils._pytree.tree_flatten(args)
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in leaves):
-            return list(torch_hooks.apply_single_level(_NoDoubleBackward, op, spec, *leaves))
+        if not torch.is_grad_enabled() and torch_hooks.nothing_intercepts():  # nearly always
+            with torch_hooks.below_autograd():
+                return op(*args)
+        variables, saved, needs = args[: -1 - of_forward], args[-1 - of_forward : -1], args[-1]
+        leaves, spec = tree_flatten(variables)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if torch_hooks.has_forward_tangent(tensors):
+            return gradients(*variables, needs)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return list(torch_hooks.apply_single_level(_BackwardFunction, op, gradients, saved, needs, spec, *leaves))
         with torch_hooks.below_autograd():
             return op(*args)
 

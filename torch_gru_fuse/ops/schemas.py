@@ -31,12 +31,14 @@ CUDNN_EXTRA_BYTES = 1024
 
 library.define(
     "gru(Tensor input, Tensor hx, Tensor[] params, bool has_biases, int num_layers, "
-    "float dropout, bool train, bool bidirectional, bool batch_first) -> (Tensor, Tensor)"
+    "float dropout, bool train, bool bidirectional, bool batch_first, *, bool recompute=False) -> (Tensor, Tensor)"
 )  # composite: its fake implementation is that of gru_forward
 
+# `save`: keep in the reserve what `gru_backward` needs.  Autograd asks for that, but with `recompute` it does not: then
+# `gru_backward` gets an empty reserve and runs the forward again.
 library.define(
     "gru_forward(Tensor input, Tensor hx, Tensor[] params, bool has_biases, int num_layers, "
-    "bool bidirectional, Tensor? dropout_masks, bool save) -> (Tensor, Tensor, Tensor)"
+    "bool bidirectional, Tensor? dropout_masks, bool save, *, bool recompute=False) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -81,7 +83,7 @@ def empty_gru_results(
 
 
 @torch.library.register_fake(f"{NAMESPACE}::gru_forward", lib=library)
-def _(input, hx, params, has_biases, num_layers, bidirectional, dropout_masks, save):
+def _(input, hx, params, has_biases, num_layers, bidirectional, dropout_masks, save, *, recompute=False):
     return empty_gru_results(input, hx, num_layers, bidirectional, save)
 
 

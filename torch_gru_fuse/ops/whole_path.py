@@ -7,8 +7,10 @@ of 16 the parameters are padded with zeros in each call, and results are cut out
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import or_
 from typing import Any
 
 import torch
@@ -40,21 +42,31 @@ class _Recipe:
 
     Attributes:
         whole: the plan.
+        steps, batch: T and B.
         lanes: of a launch.
+        each: parameters of a lane.
+        stack: whether a lane is the input of the next.
         hidden: H rounded up to a multiple of 16.
         size_each: bytes of an element.
         state_bytes: of an initial state as the kernel wants it, 0 where it takes the caller's.
         below_bytes: of the sequences of all lanes but the highest.
+        handed_bytes: of the same after dropout, if there is any.
         run_prepare, run_kernel: to be called with addresses.
         word, launch_id: for the error block.
     """
 
     whole: WholeSequencePlan
+    device: int
+    steps: int
+    batch: int
     lanes: int
+    each: int
+    stack: bool
     hidden: int
     size_each: int
     state_bytes: int
     below_bytes: int
+    handed_bytes: int
     prepare_grid: tuple[int, int, int] | None  # None: nothing to prepare
     kernel_grid: tuple[int, int, int]
     run_prepare: launch.Launcher
@@ -62,17 +74,62 @@ class _Recipe:
     word: int
     launch_id: int
 
+    def workspace_bytes(self, *, below: bool) -> int:
+        """Of an error block, prepared states and sequences that are handed on; 0 where nobody waits for anybody.
+
+        below: the sequences of all lanes but the highest have no other place.
+        """
+        if self.prepare_grid is None:
+            return 0
+        return _ERROR_BYTES + self.state_bytes + (self.below_bytes if below else 0) + self.handed_bytes
+
+    def launch(
+        self, gi: int, hx: int, params: Sequence[int], out: int, h_n: int, workspace: int,
+        gates: int | None = None, below: int | None = None, masks: int | None = None,
+    ) -> None:  # fmt: skip
+        """Prepares and runs, at these addresses.
+
+        params: of each lane w_ih, w_hh and, with biases, b_ih, b_hh.  gates: None: are not saved.  below: None: in the
+        workspace.  masks: of a stack with dropout, else None.
+        """
+        each, T, B = self.each, self.steps, self.batch
+        h0 = workspace + _ERROR_BYTES
+        end = h0 + self.state_bytes
+        if gates is None:
+            gates = out
+        if not self.below_bytes:
+            below = out
+        elif below is None:
+            below = end
+            end += self.below_bytes
+        handed = end if self.handed_bytes else None
+        aligned = not functools.reduce(or_, params, hx | h_n | gates | out | (masks or 0)) % 16
+        params = tuple(params)
+        w_hh = params[1::each]
+        w_above = params[each::each] if self.stack else w_hh[:1]
+        b_ih, b_hh = (params[2::4], params[3::4]) if each == 4 else (None, None)
+        stream = driver.active.get_current_stream(self.device)
+        if self.prepare_grid is not None:
+            for sequences in (below,) if handed is None else (below, handed):
+                values = (hx, self.word, out, sequences, h0, h_n, workspace, self.launch_id, T, B)
+                self.run_prepare(self.prepare_grid, stream, values, aligned)
+        values = (
+            gi, h0 if self.state_bytes else hx, below, w_above, w_hh, b_ih, b_hh, masks, handed, out, h_n, gates, workspace,
+            T, B,
+        )  # fmt: skip
+        self.run_kernel(self.kernel_grid, stream, values, aligned)
+
 
 _ERROR_BYTES = 64  # of the error block, rounded up so that what follows is aligned
 _recipes: dict[tuple, _Recipe] = {}
 
 
-def _recipe(call: GRUCall, whole: WholeSequencePlan, save: bool) -> _Recipe:
+def recipe_of(call: GRUCall, whole: WholeSequencePlan, save: bool) -> _Recipe:
     x = call.input
     # The plan stands for itself: it is kept below, so no other has its id, and hashing it takes longer than all the rest.
     key = (
         x.shape, call.hx.shape, x.dtype, x.get_device(), id(whole), call.bidirectional, call.has_biases, save,
-        timeouts.timeout_ns(), missing_programs,
+        call.dropout_masks is None, timeouts.timeout_ns(), missing_programs,
     )  # fmt: skip
     found = _recipes.get(key)
     if found is None:
@@ -93,8 +150,11 @@ def _make_recipe(call: GRUCall, whole: WholeSequencePlan, save: bool) -> _Recipe
     polls_own = not isinstance(whole.kernel, ResidentPlan)
     sizes: dict[str, Any] = dict(lanes=lanes, hidden=padded, reverse=reverse, fill_out=polls_own, states=polls_own)
     n_biases = (dtype, lanes) if call.has_biases else None
+    below_bytes = (lanes - 1) * T * B * padded * dtype.itemsize if stack else 0
+    masked = stack and call.dropout_masks is not None
+    masks = dtype if masked else None
     types = [
-        dtype, dtype, dtype, (dtype, max(1, lanes - 1) if stack else 1), (dtype, lanes), n_biases, n_biases,
+        dtype, dtype, dtype, (dtype, max(1, lanes - 1) if stack else 1), (dtype, lanes), n_biases, n_biases, masks, masks,
         dtype, dtype, dtype, torch.int64, None, None,
     ]  # fmt: skip
     prepare_types = [dtype, torch.int32, dtype, dtype, dtype, dtype, torch.int64, None, None, None]
@@ -106,11 +166,17 @@ def _make_recipe(call: GRUCall, whole: WholeSequencePlan, save: bool) -> _Recipe
     grid = whole.programs(B, H) - missing_programs
     return _Recipe(
         whole=whole,
+        device=device,
+        steps=T,
+        batch=B,
         lanes=lanes,
+        each=4 if call.has_biases else 2,
+        stack=stack,
         hidden=padded,
         size_each=dtype.itemsize,
         state_bytes=lanes * B * padded * dtype.itemsize if polls_own else 0,
-        below_bytes=(lanes - 1) * T * B * padded * dtype.itemsize if stack else 0,
+        below_bytes=below_bytes,
+        handed_bytes=below_bytes if masked else 0,
         prepare_grid=(*prepare.prepare_grid(steps=T, batch=B, **sizes), 1, 1) if polls_own or stack else None,
         kernel_grid=(grid, 1, 1),
         run_prepare=launch.launcher(
@@ -131,12 +197,13 @@ def _make_recipe(call: GRUCall, whole: WholeSequencePlan, save: bool) -> _Recipe
 def gru_forward(call: GRUCall, save: bool, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     """Results as `empty_results` allocates them.  Raises `launch.DoesNotFit`; nothing has been changed then."""
     assert plan.whole is not None
-    recipe = _recipe(call, plan.whole, save)
+    recipe = recipe_of(call, plan.whole, save)
     if recipe.hidden != call.H:
         return _padded_forward(call, save, plan, recipe)
     output, h_n, reserve = call.empty_results(save)
     hx = call.hx.contiguous()
-    places = _Places(hx.data_ptr(), h_n.data_ptr(), reserve.data_ptr() if save else 0)
+    masks = None if call.dropout_masks is None else call.dropout_masks.contiguous()
+    places = _Places(hx.data_ptr(), h_n.data_ptr(), reserve.data_ptr() if save else 0, masks)
     if recipe.lanes == hx.shape[0]:
         _launch(call, plan, recipe, 0, call.input, call.params, output, places)
         return output, h_n, reserve
@@ -153,66 +220,40 @@ def gru_forward(call: GRUCall, save: bool, plan: Plan) -> tuple[Tensor, Tensor, 
 
 
 class _Places:
-    """Addresses of the whole call's hx and h_n [L*D, B, H], and of its reserve, 0 if nothing is saved."""
+    """Addresses of the whole call's hx and h_n [L*D, B, H], of its dropout masks, and of its reserve, 0 if nothing is saved."""
 
-    __slots__ = ("h_n", "hx", "reserve")
+    __slots__ = ("h_n", "hx", "masks", "reserve")
 
-    def __init__(self, hx: int, h_n: int, reserve: int):
+    def __init__(self, hx: int, h_n: int, reserve: int, masks: Tensor | None):
         self.hx, self.h_n, self.reserve = hx, h_n, reserve
+        self.masks = None if masks is None else masks.data_ptr()
 
 
 def _launch(
     call: GRUCall, plan: Plan, recipe: _Recipe, first: int, x: Tensor, params: Sequence[Tensor], out: Tensor, places: _Places
 ) -> None:
     """States ``first`` and following: ``recipe.lanes`` of them, whose parameters are ``params``, from input x to ``out``."""
-    T, B, _ = x.shape
-    H, lanes, reverse = recipe.hidden, recipe.lanes, call.bidirectional
-    each = 4 if call.has_biases else 2
-    gi = _input_projection(x, params[: 2 * each : each] if reverse else params[:1], plan.tf32)
+    each = recipe.each
+    gi = input_projection(x, params[: 2 * each : each] if call.bidirectional else params[:1], plan.tf32)
 
     # The product comes first: what it writes would push the freshly filled sequences out of L2.
-    workspace_bytes = _ERROR_BYTES + recipe.state_bytes
-    state_bytes = B * H * recipe.size_each  # of one lane
-    gates = below = p_out = out.data_ptr()
-    if recipe.below_bytes and not places.reserve:
-        workspace_bytes += recipe.below_bytes
-    workspace = p_out  # where nobody waits there is nothing to prepare
-    if recipe.prepare_grid is not None:
-        room = gi.new_empty(workspace_bytes // recipe.size_each)
-        workspace = room.data_ptr()
-    error = workspace
-    h0 = error + _ERROR_BYTES
+    workspace_bytes = recipe.workspace_bytes(below=not places.reserve)
+    workspace = gi.new_empty(workspace_bytes // recipe.size_each) if workspace_bytes else gi
+    state_bytes = recipe.batch * recipe.hidden * recipe.size_each  # of one lane
+    gates = below = None
     if places.reserve:
         # layer_outputs [L-1, T, B, D*H], then gates [L, D, T, B, 4, H]
-        gates = places.reserve + T * state_bytes * ((call.L - 1) * call.D + 4 * first)
-    if recipe.below_bytes:
-        below = places.reserve or h0 + recipe.state_bytes
-    hx, h_n = places.hx + first * state_bytes, places.h_n + first * state_bytes
-
+        below = places.reserve
+        gates = below + recipe.steps * state_bytes * ((call.L - 1) * call.D + 4 * first)
     params = [p.contiguous() for p in params]  # copies must outlive the launch
-    pointers = [p.data_ptr() for p in params]
-    bits = hx | h_n | gates | p_out
-    for pointer in pointers:
-        bits |= pointer
-    aligned = not bits % 16
-    w_ih, w_hh = tuple(pointers[::each]), tuple(pointers[1::each])
-    w_above = w_hh[:1] if reverse or lanes == 1 else w_ih[1:]
-    b_ih = b_hh = None
-    if call.has_biases:
-        b_ih, b_hh = tuple(pointers[2::4]), tuple(pointers[3::4])
-
-    stream = driver.active.get_current_stream(x.get_device())
-    if recipe.prepare_grid is not None:
-        values = (hx, recipe.word, p_out, below, h0, h_n, error, recipe.launch_id, T, B)
-        recipe.run_prepare(recipe.prepare_grid, stream, values, aligned)
-    values = (
-        gi.data_ptr(), h0 if recipe.state_bytes else hx, below, w_above, w_hh, b_ih, b_hh, p_out, h_n, gates, error, T, B
+    recipe.launch(
+        gi.data_ptr(), places.hx + first * state_bytes, [p.data_ptr() for p in params], out.data_ptr(),
+        places.h_n + first * state_bytes, workspace.data_ptr(), gates, below, places.masks if recipe.handed_bytes else None,
     )  # fmt: skip
-    recipe.run_kernel(recipe.kernel_grid, stream, values, aligned)
 
 
-def _input_projection(x: Tensor, weights: Sequence[Tensor], tf32: bool) -> Tensor:
-    """x W^T without bias: [T*B, 3H], or [2, T, B, 3H] of two directions."""
+def input_projection(x: Tensor, weights: Sequence[Tensor], tf32: bool) -> Tensor:
+    """x W^T without bias: [T*B, 3H], or [2, T*B, 3H] of two directions."""
     if x.dtype == torch.float32:
         with torch_hooks.matmul_tf32(tf32):
             return _product(x, weights)
@@ -224,9 +265,9 @@ def _product(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     rows = x.reshape(T * B, I)
     if len(weights) == 1:
         return torch.mm(rows, weights[0].t())
-    gi = x.new_empty(2, T, B, weights[0].shape[0])
-    for direction, weight in enumerate(weights):
-        torch.mm(rows, weight.t(), out=gi[direction].view(T * B, -1))
+    gi = x.new_empty(2, T * B, weights[0].shape[0])
+    for out, weight in zip(gi.unbind(0), weights, strict=True):
+        torch.mm(rows, weight.t(), out=out)
     return gi
 
 
@@ -261,7 +302,8 @@ def _padded_forward(call: GRUCall, save: bool, plan: Plan, recipe: _Recipe) -> t
         room = new((L - 1) * T * B * D * padded + L * D * T * B * 4 * padded)
         layer_outputs = room[: (L - 1) * T * B * D * padded].view(L - 1, T, B, D, padded)
         gates = room[(L - 1) * T * B * D * padded :].view(L, D, T, B, 4, padded)
-    places = _Places(hx.data_ptr(), last.data_ptr(), room.data_ptr() if save else 0)
+    masks = None if call.dropout_masks is None else pad(call.dropout_masks.unflatten(3, (D, H)), (0, padded - H)).flatten(3)
+    places = _Places(hx.data_ptr(), last.data_ptr(), room.data_ptr() if save else 0, masks)
 
     x = call.input
     for first in range(0, L * D, states_each):
@@ -270,7 +312,7 @@ def _padded_forward(call: GRUCall, save: bool, plan: Plan, recipe: _Recipe) -> t
         out = layer_outputs[layer].flatten(2) if save and not top else new(T, B, D * padded)
         _launch(call, plan, recipe, first, x, params[call.places(first, states_each)], out, places)
         if not top:
-            x = out if call.dropout_masks is None else _masked(call, out, layer, padded)
+            x = out if masks is None else out * masks[layer]
     output.view(T, B, D, H).copy_(out.view(T, B, D, padded)[..., :H])
     h_n.copy_(last[..., :H])
     if save:
@@ -278,9 +320,3 @@ def _padded_forward(call: GRUCall, save: bool, plan: Plan, recipe: _Recipe) -> t
         saved_outputs.view(L - 1, T, B, D, H).copy_(layer_outputs[..., :H])
         saved_gates.copy_(gates[..., :H])
     return output, h_n, reserve
-
-
-def _masked(call: GRUCall, out: Tensor, layer: int, padded: int) -> Tensor:
-    """What a layer hands to the next, with dropout."""
-    mask = call.dropout_masks[layer].unflatten(2, (call.D, call.H))
-    return out * pad(mask, (0, padded - call.H)).flatten(2)

@@ -51,6 +51,18 @@ class Rewrite:
         return f"torch.{self.target} in {where} not rewritten: {self.reason}"
 
 
+@dataclass
+class Settings:
+    """How calls are rewritten.
+
+    Attributes:
+        recompute: GRUs keep nothing for their backward, which runs the forward again.
+    """
+
+    recompute: bool = False
+
+
+settings = Settings()
 _found: list[Rewrite] = []
 
 
@@ -83,8 +95,9 @@ def _describe(target: str, node: Node, reason: str | None) -> Rewrite:
 def _replace(target: str, graph: Graph, node: Node) -> None:
     bound = guards.bind(target, node)
     assert bound is not None
+    options = {"recompute": True} if settings.recompute and target == "gru" else {}
     with graph.inserting_before(node):
-        fused = graph.call_function(getattr(ops, target).default, tuple(bound.values()))
+        fused = graph.call_function(getattr(ops, target).default, tuple(bound.values()), options)
     fused.meta.update(node.meta)
     node.replace_all_uses_with(fused)
     _found.append(record := _describe(target, node, None))
@@ -134,5 +147,5 @@ def rewrite(gm: GraphModule) -> int:
 
 
 def cache_tag() -> str:
-    """Distinguishes this version of the package in the keys of compile caches."""
-    return f"torch_gru_fuse-{torch_hooks.source_hash(Path(__file__).parents[1])}"
+    """Distinguishes this version of the package, and what it makes of a graph, in the keys of compile caches."""
+    return f"torch_gru_fuse-{torch_hooks.source_hash(Path(__file__).parents[1])}-{settings}"

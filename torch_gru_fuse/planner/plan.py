@@ -19,6 +19,7 @@ from torch_gru_fuse.planner.whole_sequence import (
     StagedPlan,
     WholeSequencePlan,
     plan_whole_sequence,
+    plan_whole_sequence_backward,
     why_no_plan,
     why_not_gpu,
 )
@@ -59,14 +60,16 @@ _ONE_SMALL_LAYER_FROM_STEPS = 128
 
 def whole_sequence_is_faster(
     plan: WholeSequencePlan, T: int, B: int, H: int, L: int, D: int, element_bytes: int, *, training: bool,
-    captured: bool = True,
+    backward: WholeSequencePlan | None = None, captured: bool = True,
 ) -> bool:  # fmt: skip
     """Whether a plan beats cuDNN, in a CUDA graph (``captured``) or called by itself.
 
     One place for all thresholds; edit with a measurement beside it.
     """
+    if training and backward is None:
+        return False  # a launch a step then
     if training:
-        return False  # the backward takes a launch a step: not measured
+        return False  # TODO
     if T < _WHOLE_FROM_STEPS:
         return False
     if H % 16 and (H < _PADDED_FROM_HIDDEN or _PADDED_FROM_STEPS[captured] > T):
@@ -106,11 +109,13 @@ class Plan:
         kernel: "whole" (whole sequences in one launch), "stream" (one time step, one launch a layer), "step" (one launch a time
             step and layer), "cell" (one launch), "gates"
             (matrix products by PyTorch, then one launch for the gates) or "torch" (PyTorch's own path).
-        tile: launch shape of the kernel, of "whole" that of the step kernel which runs its backward; None for "torch".
+        tile: launch shape of the kernel, of "whole" that of the step kernel where its launch does not fit; None for "torch".
         tf32: whether float32 products use TF32.
         reason: why this and not another.
         whole: of "whole", its launches.
         stream: of "stream", its launches.
+        backward: launches of the backward of "whole" and "step", if it takes whole sequences; None: a launch a step.
+        backward_tile: launch shape of one step of their backward; None without one.
     """
 
     kernel: Literal["whole", "stream", "step", "cell", "gates", "torch"]
@@ -119,6 +124,8 @@ class Plan:
     reason: str
     whole: WholeSequencePlan | None = None
     stream: StreamPlan | None = None
+    backward: WholeSequencePlan | None = None
+    backward_tile: Tile | None = None
 
 
 def choice() -> str:
@@ -151,26 +158,32 @@ def _plan_gru(
     tf32 = dtype == "torch.float32" and tf32_allowed and uses_tf32(T, B, H, training=training)
     shared = {} if gpu is None else {"shared_bytes": gpu.shared_bytes_per_program}
     tile = default_step_tile(B, H, _BYTES[dtype], directions=D, tf32=tf32, **shared)
-    step = functools.partial(Plan, "step", tile, tf32)
+    back = None
+    if training:
+        back = default_step_tile(B, H, _BYTES[dtype], directions=D, tf32=tf32, backward=True, **shared)
+    step, in_one = (functools.partial(Plan, kernel, tile, tf32, backward_tile=back) for kernel in ("step", "whole"))
     own = functools.partial(Plan, "torch", None, tf32)
     if choice == "torch" and cudnn:
         return own("asked for")
-    whole = None
+    whole = backward = None
     if choice in ("auto", "triton"):
-        if T == 1 and D == 1 and not training and gpu is not None:
+        if T == 1 and D == 1 and not training and not dropout and gpu is not None:
             stream = plan_stream(
                 B, I, H, L, _BYTES[dtype], multiprocessors=gpu.multiprocessors, capability=gpu.capability
             )
             if isinstance(stream, StreamPlan):
                 return Plan("stream", None, False, "one time step, one launch a layer: faster than cuDNN", stream=stream)
-        whole = _whole(B, H, L, D, dtype, tf32, gpu, dropout)
+        whole = _whole(B, H, L, D, dtype, tf32, gpu)
+        if training:
+            backward = _whole_backward(B, H, L, D, dtype, tf32, gpu)
+            step, in_one = (functools.partial(f, backward=backward) for f in (step, in_one))
     if choice != "auto" or not cudnn:
         reason = "asked for" if choice != "auto" else "cuDNN is switched off"
-        return step(reason) if not isinstance(whole, WholeSequencePlan) else Plan("whole", tile, tf32, reason, whole)
+        return step(reason) if not isinstance(whole, WholeSequencePlan) else in_one(reason, whole)
     if isinstance(whole, WholeSequencePlan):
         sizes = (T, B, H, L, D, _BYTES[dtype])
-        if whole_sequence_is_faster(whole, *sizes, training=training, captured=captured):
-            return Plan("whole", tile, tf32, "whole sequences in one launch: faster than cuDNN", whole)
+        if whole_sequence_is_faster(whole, *sizes, backward=backward, training=training, captured=captured):
+            return in_one("whole sequences in one launch: faster than cuDNN", whole)
         whole = "cuDNN is faster than whole sequences in one launch, as far as was measured"
     tensor_cores = tf32 or _BYTES[dtype] == 2
     if not training and tensor_cores and T >= _STEP_FROM_STEPS and B <= _STEP_UP_TO_BATCH and H >= _STEP_FROM_HIDDEN:
@@ -180,10 +193,8 @@ def _plan_gru(
     return own(f"cuDNN's sequence kernels are faster than one launch a step; {whole}")
 
 
-def _whole(
-    B: int, H: int, L: int, D: int, dtype: str, tf32: bool, gpu: GPU | None, dropout: bool
-) -> WholeSequencePlan | str:
-    """The plan for whole sequences, measured by `tune` or predicted, or why there is none."""
+def _why_no_whole(B: int, H: int, dtype: str, tf32: bool, gpu: GPU | None) -> str | None:
+    """Why there can be no launch for whole sequences, whatever its plan; None: there can."""
     if gpu is None:
         return "no GPU for whole sequences in one launch"
     if dtype == "torch.float32" and not tf32:
@@ -193,7 +204,15 @@ def _whole(
         return refused
     if B * -(-H // 16) * 16 * 6 * 4 >= _MOST_BYTES:
         return f"a batch of {B} with H = {H} is more than 32-bit offsets reach"
-    lanes = 2 if D == 2 else 1 if dropout else L
+    return None
+
+
+def _whole(B: int, H: int, L: int, D: int, dtype: str, tf32: bool, gpu: GPU | None) -> WholeSequencePlan | str:
+    """The plan for whole sequences, measured by `tune` or predicted, or why there is none."""
+    refused = _why_no_whole(B, H, dtype, tf32, gpu)
+    if refused is not None:
+        return refused
+    lanes = 2 if D == 2 else L
     entry = tuned.lookup(tuned.key_of(gpu.name, B, H, lanes, reverse=D == 2, dtype=dtype.removeprefix("torch.")))
     if entry is not None:
         return entry.plan
@@ -202,6 +221,18 @@ def _whole(
     }  # fmt: skip
     plan = plan_whole_sequence(B, H, lanes, _BYTES[dtype], **options)
     return plan or why_no_plan(B, H, lanes, _BYTES[dtype], **options)
+
+
+def _whole_backward(
+    B: int, H: int, L: int, D: int, dtype: str, tf32: bool, gpu: GPU | None
+) -> WholeSequencePlan | None:
+    """The plan of its backward, if there is one."""
+    if _why_no_whole(B, H, dtype, tf32, gpu) is not None:
+        return None
+    return plan_whole_sequence_backward(
+        B, H, 2 if D == 2 else L, _BYTES[dtype], reverse=D == 2, multiprocessors=gpu.multiprocessors,
+        shared_bytes=gpu.shared_bytes_per_program,
+    )  # fmt: skip
 
 
 def plan_gru_cell(

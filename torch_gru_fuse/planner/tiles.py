@@ -38,17 +38,19 @@ def default_cell_tile(
 
 
 def default_step_tile(
-    batch: int, hidden: int, dtype_bytes: int, *, directions: int = 1, tf32: bool = True, shared_bytes: int = 99 * 1024
-) -> Tile:
-    """Tile of ``sequence_forward`` and ``sequence_backward``, which run ``directions`` times the programs of a cell.
+    batch: int, hidden: int, dtype_bytes: int, *, directions: int = 1, tf32: bool = True, shared_bytes: int = 99 * 1024,
+    backward: bool = False,
+) -> Tile:  # fmt: skip
+    """Tile of ``sequence_forward`` or ``sequence_backward``, which run ``directions`` times the programs of a cell.
 
     shared_bytes: shared memory that a program may have.
     """
     if batch <= 16 and hidden >= 2048 and hidden % 16 == 0 and (tf32 or dtype_bytes == 2):
-        # Weights come from L2 or memory: as much as possible on its way.  H=4096, batch 16, 64 steps: fp16 1.59 ms, with 4
-        # stages of rows of 256 bytes 1.66; tf32 3.21 ms, with rows of 128 bytes, where 6 stages of 256 do not fit, 3.36.
-        row_bytes = 128 if dtype_bytes == 2 or shared_bytes < 176 * 1024 else 256
-        return Tile(16, 32, row_bytes // dtype_bytes, num_warps=4, num_stages=6)
+        # Weights come from L2 or memory: as much as possible on its way; one buffer less than stages is used.  H=4096, batch
+        # 16, 64 steps, forward: fp16 1.49 ms, with 4 stages 1.51, with 6 of 128 bytes 1.69; tf32 3.03, 3.10, 3.21.  Backward:
+        # fp16 1.73 ms, with 5 stages 1.86; tf32 3.85 and 4.05.
+        stages = 8 if backward else 5 if shared_bytes >= 112 * 1024 else 4
+        return Tile(16, 32, 256 // dtype_bytes, num_warps=4, num_stages=stages)
     # Rows of 256 bytes: a step of a small layer waits for L2 once a round of the loop.  Half of that costs the backward a
     # quarter (H=1024, batch 64, fp16: 14.3 and 11.2 us; tf32: 23.6 and 17.8 us), the forward 5 to 7%.
     return _tile(batch, hidden, dtype_bytes, hidden % 16 == 0, tf32, directions=directions, row_bytes=256)

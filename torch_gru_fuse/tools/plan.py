@@ -1,10 +1,11 @@
-"""Print which whole-sequence kernel is planned for the forward pass of a GRU on a GPU, and what the ops run for it.
+"""Print which whole-sequence kernel is planned for the forward (or the backward) pass of a GRU on a GPU, and what the ops run.
 
 No GPU is needed, also not with --compile: the compiler then makes the code for that GPU and says what it takes. The time is
 predicted by a linear model from measurements on an H200; it is no measurement.
 
     python -m torch_gru_fuse plan --T 512 --B 10 --I 128 --H 256 --layers 6 --dtype float16
     python -m torch_gru_fuse plan --gpu rtx4090 --T 512 --B 10 --I 128 --H 256 --layers 6 --bidirectional --compile --json
+    python -m torch_gru_fuse plan --gpu rtx4090 --T 512 --B 10 --I 128 --H 256 --layers 6 --backward
 
 --gpu is a name, or cuda, cuda:1, ... for a GPU at hand; without it the current one is taken.
 
@@ -22,6 +23,7 @@ from torch_gru_fuse.planner.whole_sequence import (
     StagedPlan,
     WholeSequencePlan,
     plan_whole_sequence,
+    plan_whole_sequence_backward,
     predict,
     why_no_plan,
     why_not_gpu,
@@ -71,7 +73,7 @@ class Report:
         spills: bytes of a thread's registers that are spilled.
         shared_bytes: of a program.
         resident_per_sm: programs that a multiprocessor holds at once.
-        predicted_us: microseconds of a forward pass by a model; nobody has measured it.
+        predicted_us: microseconds of a forward pass by a model; nobody has measured it.  None of a backward pass.
         reason: why this kernel or none, where the prediction comes from, and what the ops run.
     """
 
@@ -98,6 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=_positive, default=1, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--bidirectional", action="store_true", help="two directions in each layer")
     parser.add_argument("--dtype", choices=list(ELEMENT_BYTES), default="float32", help="(default: %(default)s)")
+    parser.add_argument("--backward", action="store_true", help="of training, the kernel of the backward pass")
     parser.add_argument("--compile", action="store_true", help="compile the kernel for that GPU and print what it takes")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
@@ -108,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     try:
         gpu = _gpu(arguments.gpu)
-        report = plan(gpu, shape, compile=arguments.compile)
+        report = plan(gpu, shape, backward=arguments.backward, compile=arguments.compile)
     except PlanError as error:
         print(f"torch_gru_fuse plan: {error}", file=sys.stderr)
         return 2
@@ -116,13 +119,13 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def plan(gpu: GPU, shape: Shape, *, compile: bool = False) -> Report:
-    """The planned kernel for a forward pass, and, if ``compile``, what the compiler makes of it."""
+def plan(gpu: GPU, shape: Shape, *, backward: bool = False, compile: bool = False) -> Report:
+    """The planned kernel for a forward or backward pass, and, if ``compile``, what the compiler makes of it."""
     refused = why_not_gpu(gpu)
     try:
         ops = plan_gru(
             shape.T, shape.B, shape.I, shape.H, shape.layers, shape.directions, f"torch.{shape.dtype}",
-            tf32_allowed=True, training=False, cudnn=True, unsupported=refused if gpu.capability < (8, 0) else None, gpu=gpu,
+            tf32_allowed=True, training=backward, cudnn=True, unsupported=refused if gpu.capability < (8, 0) else None, gpu=gpu,
         )  # fmt: skip
     except ValueError as error:  # TORCH_GRU_FUSE_KERNELS
         raise PlanError(f"{error}.") from error
@@ -130,23 +133,28 @@ def plan(gpu: GPU, shape: Shape, *, compile: bool = False) -> Report:
     sizes = (shape.B, shape.H, lanes, ELEMENT_BYTES[shape.dtype])
     options = dict(reverse=shape.bidirectional, multiprocessors=gpu.multiprocessors, shared_bytes=gpu.shared_bytes_per_program)
     refused = refused or why_no_plan(*sizes, **options)
+    if backward and refused is None:
+        planned = plan_whole_sequence_backward(*sizes, **options)
+        if planned is None:
+            refused = "there is none for the backward of these sizes"
+    elif refused is None:
+        planned = ops.whole or plan_whole_sequence(*sizes, **options)
     if refused is not None:
-        return Report(reason=f"No whole-sequence kernel is planned: {refused}. {_what_the_ops_run(ops, None)}")
-    planned = ops.whole or plan_whole_sequence(*sizes, **options)
-    us, source = _predicted(gpu, planned, shape)
+        return Report(reason=f"No whole-sequence kernel is planned: {refused}. {_what_the_ops_run(ops, None, backward)}")
+    us, source = (None, "") if backward else _predicted(gpu, planned, shape)
     programs = planned.programs(shape.B, shape.H)
-    registers, spills, shared_bytes, resident = _compile(gpu, shape, planned) if compile else [None] * 4
+    registers, spills, shared_bytes, resident = _compile(gpu, shape, planned, backward) if compile else [None] * 4
     sentences = [
         f"Planned: {planned.kernel.name}, {_launches(planned, shape)}.",
         _precision(shape, ops),
         _verdict(gpu, planned, shape, spills, resident) if compile else "",
         source,
-        _what_the_ops_run(ops, planned),
+        _what_the_ops_run(ops, planned, backward),
     ]
     return Report(
         kernel=planned.kernel.name, grid=[programs], num_programs=programs, num_warps=planned.kernel.num_warps,
         registers=registers, spills=spills, shared_bytes=shared_bytes, resident_per_sm=resident,
-        predicted_us=round(us, 1), reason=" ".join(s for s in sentences if s),
+        predicted_us=None if us is None else round(us, 1), reason=" ".join(s for s in sentences if s),
     )  # fmt: skip
 
 
@@ -161,7 +169,7 @@ def _predicted(gpu: GPU, planned: WholeSequencePlan, shape: Shape) -> tuple[floa
     return made.us, f"Predicted, not measured: {text}."
 
 
-def _compile(gpu: GPU, shape: Shape, planned: WholeSequencePlan) -> list[int]:
+def _compile(gpu: GPU, shape: Shape, planned: WholeSequencePlan, backward: bool) -> list[int]:
     """[registers, spilled bytes, bytes of shared memory, programs on a multiprocessor]"""
     try:
         import torch
@@ -169,7 +177,8 @@ def _compile(gpu: GPU, shape: Shape, planned: WholeSequencePlan) -> list[int]:
         from torch_gru_fuse.kernels import aot
     except ImportError as error:
         raise PlanError(f"--compile needs Triton with Gluon, 3.6 or newer: {error}.") from error
-    compiled = aot.compile_whole_sequence(
+    compile_launch = aot.compile_whole_sequence_backward if backward else aot.compile_whole_sequence
+    compiled = compile_launch(
         getattr(torch, shape.dtype), planned, batch=shape.B, hidden=shape.H, reverse=shape.bidirectional, steps=shape.T,
         capability=10 * gpu.capability[0] + gpu.capability[1],
     )  # fmt: skip
@@ -209,8 +218,11 @@ def _verdict(gpu: GPU, planned: WholeSequencePlan, shape: Shape, spills: int, re
     return ""
 
 
-def _what_the_ops_run(ops: Plan, planned: WholeSequencePlan | None) -> str:
+def _what_the_ops_run(ops: Plan, planned: WholeSequencePlan | None, backward: bool) -> str:
     """``ops``: their plan for the same call, with TORCH_GRU_FUSE_KERNELS as it is set."""
+    if backward and ops.backward is not None and ops.kernel in ("whole", "step"):
+        what = "this plan" if ops.backward == planned else f"whole sequences by {ops.backward}"
+        return f"The ops run {what} ({ops.reason})."
     if ops.kernel == "torch":
         what = "PyTorch's own GRU, cuDNN on this GPU"
     elif ops.kernel == "step" and ops.tile is not None:
