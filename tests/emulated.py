@@ -152,6 +152,7 @@ class Layout:
 
     def __init__(self, *arguments, **options):
         self.arguments, self.options = arguments, options
+        self.size_per_thread = arguments[0] if arguments else None
 
 
 class SharedLinearLayout(Layout):
@@ -168,6 +169,10 @@ class Shared:
 
     def __init__(self, data):
         self.data = data
+
+    @property
+    def dtype(self):
+        return DType(self.data.dtype)
 
     def store(self, value):
         assert value.dtype == self.data.dtype and value.shape == self.data.shape
@@ -328,6 +333,14 @@ def settle(b, p, p_error, *rest):
     return round_operand(value)
 
 
+def issue_gates(p, gates, distance, vectors, pack):
+    return tuple(issue(p + g * distance, vectors, 1, 16, pack) for g in range(gates))
+
+
+def settle_gates(bs, p, p_error, distance, *rest):
+    return tuple(settle(b, p + g * distance, p_error) for g, b in enumerate(bs))
+
+
 SETTLE_SECONDS = 60.0
 
 
@@ -361,6 +374,7 @@ def load_emulated() -> SimpleNamespace:
     try:
         handover, lanes = (importlib.import_module(f"{alias}.{name}") for name in ("handover", "lanes"))
         handover.issue, handover.settle = issue, settle
+        handover.issue_gates, handover.settle_gates = issue_gates, settle_gates
         handover.prefetch = lambda address: None
         lanes.round_operand, lanes.round_parameter = round_operand, round_parameter
         lanes.sigmoid, lanes.tanh = lambda x: made_by_gpu(torch.sigmoid(x)), lambda x: made_by_gpu(torch.tanh(x))

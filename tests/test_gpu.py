@@ -19,6 +19,7 @@ import torch_gru_fuse
 import torch_gru_fuse.functional as fused
 from torch_gru_fuse import equations
 from torch_gru_fuse.ops import kernel_path, ready_calls, ready_launches, whole_path
+from torch_gru_fuse.ops.call import GRUCall
 from torch_gru_fuse.planner import plan as plan_module
 
 pytestmark = [
@@ -222,6 +223,94 @@ def test_whole_sequences(precision, whole, variant, nan_filled_empty):
             assert all(torch.equal(a, b) for a, b in zip(fused.gru(*args), first, strict=True))
     torch_gru_fuse.check_errors()
     assert len(whole) == 5
+
+
+TRAINED = [
+    # sizes, kernel of the backward
+    pytest.param({"T": 20, "B": 30, "H": 16, "L": 1}, "resident", id="resident, 16 units"),
+    pytest.param({"T": 21, "B": 9, "H": 64, "L": 2}, "resident", id="resident, layer by layer"),
+    pytest.param({"T": 21, "B": 9, "H": 48, "L": 1, "bidirectional": True}, "resident", id="resident, two directions"),
+    pytest.param({"T": 22, "B": 12, "H": 64, "L": 3}, "wavefront", id="stack"),
+    pytest.param({"T": 22, "B": 12, "H": 256, "L": 4}, "wavefront", id="stack, 16 rows"),
+    pytest.param({"T": 20, "B": 40, "H": 256, "L": 1, "bidirectional": True}, "wavefront", id="two directions"),
+    pytest.param({"T": 12, "B": 1100, "H": 256, "L": 1}, "staged", id="staged"),
+    pytest.param({"T": 12, "B": 1100, "H": 256, "L": 1, "bidirectional": True}, "staged", id="staged, two directions"),
+    pytest.param({"T": 13, "B": 300, "H": 480, "L": 1}, "staged", id="staged, 480 units"),
+    pytest.param({"T": 14, "B": 60, "H": 1024, "L": 1}, "staged", id="staged, 1024 units"),
+]
+
+
+@pytest.mark.parametrize("precision", ["tf32", "float16", "bfloat16"], indirect=True)
+@pytest.mark.parametrize("sizes, kernel", TRAINED)
+def test_training_in_one_launch(monkeypatch, precision, sizes, kernel):
+    dtype, tolerance = precision
+    monkeypatch.setenv("TORCH_GRU_FUSE_KERNELS", "triton")
+    args = gru_args(**sizes, dtype=dtype)
+    inputs = [args[0], args[1], *args[2]]
+    call = GRUCall(args[0], args[1], args[2], args[3], args[4], args[7], None)
+    backward = kernel_path.plan_of(call, training=True).backward
+    assert backward is not None
+    if dtype.itemsize == 2:
+        assert backward.kernel.name == kernel
+    actual = value_and_grads(fused.gru, args, inputs)
+    assert_same(actual, value_and_grads(torch.gru, args, inputs), tolerance)
+    again = value_and_grads(fused.gru, args, inputs)
+    assert all(map(torch.equal, actual, again))  # the same bits
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_capture_after_calls_that_take_another_kernel(training):
+    """Few steps of one small layer: cuDNN, or, in a CUDA graph, whole sequences, which the first call has loaded."""
+    args = gru_args(T=20, B=8, H=64, L=1 if not training else 2, dtype=torch.float16, requires_grad=training)
+    inputs = [args[0], args[1], *args[2]]
+
+    def run():
+        with torch.set_grad_enabled(training):
+            outputs = fused.gru(*args)
+            return list(torch.autograd.grad(outputs[0].sum(), inputs) if training else outputs)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+        expected = run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_same(captured, expected, TOLERANCE["float16"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_higher_derivatives(dtype):
+    args = gru_args(T=9, B=4, I=16, H=32, L=2, bidirectional=True, dtype=getattr(torch, dtype))
+    x, hx, params, *flags = args
+
+    def all_of(module, x, hx, params):
+        def loss(x, p):
+            return module.gru(x, hx, list(p), *flags)[0].sin().sum()
+
+        grads = torch.autograd.grad(loss(x, params), [x, *params], create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in grads), [x, *params])
+        d = x.detach()
+        return [*second, torch.func.jvp(lambda x: torch.func.grad(loss)(x, params), (d,), (d,))[1]]
+
+    def exactly(t):
+        return t.detach().double().cpu().requires_grad_()
+
+    exact = all_of(torch, exactly(x), exactly(hx), [exactly(p) for p in params])
+    tolerance = {"float32": 1e-4, "float64": 1e-11}[dtype]
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        assert_same([t.double().cpu() for t in all_of(fused, x, hx, params)], exact, tolerance)
+        xs = torch.stack([x.detach(), 2 * x.detach()])
+
+        def loss(x, p):
+            return fused.gru(x, hx, p, *flags)[0].sin().sum()
+
+        per_sample = torch.vmap(torch.func.grad(loss, (0, 1)), (0, None))(xs, params)
+        one = torch.func.grad(loss, (0, 1))(xs[1], params)
+        assert_same([t[1] for t in tensors(per_sample)], tensors(one), tolerance)
 
 
 def test_whole_sequences_with_dropout(whole):

@@ -21,7 +21,7 @@ from torch_gru_fuse.ops.schemas import reserve_size
 from torch_gru_fuse.planner.gpus import gpu_named
 from torch_gru_fuse.planner.plan import Plan
 from torch_gru_fuse.planner.tiles import POINTWISE_TILE, Tile
-from torch_gru_fuse.planner.whole_sequence import ResidentPlan, WavefrontPlan, WholeSequencePlan
+from torch_gru_fuse.planner.whole_sequence import ResidentPlan, StagedPlan, WavefrontPlan, WholeSequencePlan
 
 TILE = Tile(16, 16, 16, 1, 1)
 kernels = interpreted.load()
@@ -39,6 +39,7 @@ def kernels_on_cpu(monkeypatch):
     monkeypatch.setattr(kernel_path, "why_not_kernels", lambda tensor: None)
     monkeypatch.setattr(kernel_path, "gpu_of", lambda index: gpu_named("rtx4090"))
     monkeypatch.setattr(kernel_path, "_plans", {})
+    monkeypatch.setattr(kernel_path, "_warmed", set())
     monkeypatch.setattr(kernel_path, "_input_projection", lambda rows, weight, out: torch.mm(rows, weight.t(), out=out))
 
 
@@ -276,6 +277,9 @@ BACKWARD_CASES = [
     pytest.param({"L": 2, "H": 32, "bidirectional": True}, WholeSequencePlan(2, SPREAD), True, id="two directions, dropout"),
     pytest.param({"L": 2, "H": 32, "bias": False}, WholeSequencePlan(2, SPREAD), False, id="no biases"),
     pytest.param({"L": 2, "H": 32, "T": 1}, WholeSequencePlan(2, SPREAD), False, id="one step"),
+    pytest.param({"L": 2, "H": 32}, WholeSequencePlan(1, RESIDENT), True, id="resident, dropout"),
+    pytest.param({"L": 1, "H": 32, "bidirectional": True}, WholeSequencePlan(2, RESIDENT), False, id="resident, directions"),
+    pytest.param({"L": 1, "H": 64}, WholeSequencePlan(1, StagedPlan(16, 8, 1, 1, 1)), False, id="staged"),
 ]
 
 
@@ -325,6 +329,35 @@ def test_parameters_need_not_be_contiguous(whole_on_cpu, monkeypatch):
     strange = [p.t().contiguous().t() if p.dim() == 2 else p.repeat_interleave(2)[::2] for p in call.params]
     strange = call._replace(params=strange, hx=call.hx.transpose(0, 1).contiguous().transpose(0, 1))
     assert_same(kernel_path.gru_forward(strange, False)[:2], expected, 0)
+
+
+def test_tensors_need_not_be_aligned(whole_on_cpu, monkeypatch):
+    """Pieces of a buffer: kernels read 16 bytes at once and get copies."""
+    launched = []
+    original = whole_path.launch.launcher
+
+    def watching(*args):
+        run = original(*args)
+
+        def watch(grid, stream, values, aligned):
+            launched.append(aligned)
+            return run(grid, stream, values, aligned)
+
+        return watch
+
+    monkeypatch.setattr(whole_path.launch, "launcher", watching)
+    plan(monkeypatch, "whole", whole=WholeSequencePlan(2, SPREAD), backward=WholeSequencePlan(2, SPREAD))
+    call = whole_call({"L": 2, "H": 32})
+    odd = lambda t: torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape)  # noqa: E731
+    strange = call._replace(params=[odd(p) for p in call.params], hx=odd(call.hx))
+    assert all(t.data_ptr() % 16 for t in (strange.hx, *strange.params))
+    output, h_n, reserve = kernel_path.gru_forward(strange, True)
+    grads = odd(torch.randn_like(output)), odd(torch.randn_like(h_n))
+    gradients = kernel_path.gru_backward(strange, *grads, output, reserve, [True] * (2 + len(call.params)))
+    expected, expected_grads = reference(*call[:6], None, grads)
+    assert_same([output, h_n], expected, 2e-3)
+    assert_same(gradients, expected_grads, 4e-3)
+    assert launched == [True] * 4
 
 
 def test_inf_does_not_spread_through_padding(whole_on_cpu, monkeypatch):
@@ -453,3 +486,35 @@ def test_storage_table_forgets():
         table.put(torch.empty(3), i)
     assert table.get(kept) == table.get(kept[1:]) == "kept" and table.get(torch.empty(3)) is None
     assert len(table._entries) <= 64
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_capture_takes_only_what_has_run(kernels_on_cpu, monkeypatch, training):
+    """Where only a CUDA graph takes whole sequences, the first call that is not captured runs them, the others do not."""
+    whole = WholeSequencePlan(1, SPREAD)
+
+    def plans(*_, captured, **__):
+        return Plan("whole" if captured else "torch", TILE, False, "test", whole)
+
+    monkeypatch.setattr(kernel_path, "plan_gru", plans)
+    capturing = False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    call = whole_call({"L": 1, "H": 32})
+
+    class OnCuda(SimpleNamespace):
+        is_cuda = True
+
+        def get_device(self):
+            return 0
+
+    call = call._replace(input=OnCuda(shape=call.input.shape, dtype=call.input.dtype))
+    monkeypatch.setattr(torch_hooks, "cudnn_runs", lambda tensor: True)
+    capturing = True
+    assert kernel_path.plan_of(call, training=training).kernel == "torch"
+    assert kernel_path._first_of_its_kind(call, training) is None
+    capturing = False
+    assert kernel_path.plan_of(call, training=training).kernel == "torch"
+    assert kernel_path._first_of_its_kind(call, training).kernel == "whole"
+    assert kernel_path._first_of_its_kind(call, training) is None
+    capturing = True
+    assert kernel_path.plan_of(call, training=training).kernel == "whole"

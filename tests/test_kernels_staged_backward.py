@@ -23,17 +23,6 @@ from torch_gru_fuse.planner.whole_sequence import StagedPlan
 backward = EMULATED.staged_backward
 NAN = float("nan")
 
-
-def issue_gates(p, gates, distance, vectors, pack):
-    return tuple(emulated.issue(p + g * distance, vectors, 1, 16, pack) for g in range(gates))
-
-
-def settle_gates(bs, p, p_error, distance, *rest):
-    return tuple(emulated.settle(b, p + g * distance, p_error) for g, b in enumerate(bs))
-
-
-backward.issue_gates, backward.settle_gates = issue_gates, settle_gates
-
 # ---- mathematics and hand-over ------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ import pytest
 from torch_gru_fuse.__main__ import main
 from torch_gru_fuse.planner import plan as planner_plan
 from torch_gru_fuse.planner.gpus import GPU, GPUS, gpu_named
-from torch_gru_fuse.planner.plan import whole_sequence_is_faster
+from torch_gru_fuse.planner.plan import plan_gru, whole_sequence_is_faster
 from torch_gru_fuse.planner.whole_sequence import plan_whole_sequence, predict, why_no_plan, why_not_gpu
 
 ROOT = Path(__file__).parents[1]
@@ -385,6 +385,22 @@ def test_nothing_is_planned_that_was_measured_to_be_slower_than_cudnn():
         )
     ]
     assert len(chosen) > 700 and min(chosen) > 0.97
+
+
+def test_nothing_trains_in_one_launch_that_was_measured_to_be_slower_than_cudnn():
+    recorded = json.loads((ROOT / "docs" / "results" / "sweep-train-h100.json").read_text())
+    chosen = []
+    for values in recorded["rows"]:
+        row = dict(zip(recorded["columns"], values, strict=True))
+        plan = plan_gru(
+            row["T"], row["B"], row["H"], row["H"], row["layers"], row["directions"], f"torch.{row['dtype']}",
+            tf32_allowed=True, training=True, cudnn=True, gpu=GPUS["h100"],
+        )  # fmt: skip
+        assert row["rms_error"] < 3 * row["cudnn_rms_error"]
+        if plan.kernel == "whole":
+            assert plan.backward is not None
+            chosen.append(row["ratio"])
+    assert len(chosen) > 240 and min(chosen) > 1.0
 
 
 def test_prediction_is_linear():

@@ -94,12 +94,16 @@ def test_whole_sequences_where_they_were_measured_to_be_faster():
     assert gru(T=32, H=250, dtype="torch.float16", gpu=H200, captured=False).kernel == "torch"
 
 
-def test_training_waits_for_its_backward(choose):
-    assert gru(gpu=H200, training=True).kernel == "torch"
-    assert gru(T=128, B=1024, I=256, L=1, training=True, gpu=H200).kernel == "step"
-    choose("triton")
-    plan = gru(gpu=H200, training=True)
-    assert plan.kernel == "whole" and plan.tile == gru(training=True).tile  # of the backward's kernel
+def test_training_takes_a_plan_for_the_backward(choose):
+    for options in ({}, {"D": 2}, {"T": 128, "B": 1024, "I": 256, "L": 1}, {"T": 200, "B": 128, "I": 128, "H": 128, "L": 1}):
+        plan = gru(gpu=H200, training=True, **options)
+        assert plan.kernel == "whole" and plan.backward is not None and plan.backward_tile is not None
+        assert gru(gpu=H200, **options).backward is None
+    assert gru(T=15, gpu=H200, training=True).kernel == "torch"  # not measured
+    assert gru(H=250, gpu=H200, training=True).kernel == "torch"  # no plan for padded units
+    assert gru(T=64, B=16, I=1024, H=4096, L=1, gpu=H200, training=True).kernel == "step"
+    choose("step")
+    assert gru(gpu=H200, training=True).backward is None
 
 
 def test_masks_come_between_the_layers(choose):
@@ -160,7 +164,7 @@ def test_weights_larger_than_l2_take_a_launch_a_step(dtype, block_k):
     assert plan.kernel == "step" and plan.tile.block_k == block_k and plan.tile.num_stages == 5
     small = gru(T=64, B=16, I=1024, H=4096, L=1, dtype=dtype, gpu=GPUS["rtx4090"]).tile
     assert small.block_k == block_k and small.num_stages == 4
-    assert gru(T=64, B=16, I=1024, H=4096, L=1, dtype=dtype, gpu=H200, training=True).kernel == "torch"
+    assert gru(T=64, B=16, I=1024, H=4096, L=1, dtype=dtype, gpu=H200, training=True).backward_tile.num_stages == 8
 
 
 def test_thresholds_are_in_one_place(choose, monkeypatch):

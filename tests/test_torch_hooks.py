@@ -223,3 +223,11 @@ def test_precision_of_products_is_restored(allow, legacy):
         torch.backends.cuda.matmul.fp32_precision = "none"
         torch.set_float32_matmul_precision("highest")
         torch.backends.cuda.matmul.fp32_precision = before[0]
+
+
+def test_the_backend_is_found_behind_ddps_splitting_of_graphs():
+    from torch._dynamo.backends.distributed import DDPOptimizer
+
+    inductor = torch._TorchCompileInductorWrapper("default", None, None)
+    splitting = DDPOptimizer(bucket_bytes_cap=25 * 2**20, backend_compile_fn=inductor).compile_fn
+    assert torch_hooks.innermost_backend(splitting) is inductor

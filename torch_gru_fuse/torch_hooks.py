@@ -301,8 +301,12 @@ def cudnn_gru_backward(
         None if grad_h_n is None else grad_h_n.contiguous(), None, _CUDNN_GRU, hx.shape[2], 0, layers, False, 0.0, True,
         bidirectional, [], None, reserve, [True, True, False, need_weights],
     )  # fmt: skip
-    # cuDNN's weight gradients are views of one buffer; outputs of an op must not share memory.
-    return d_x, d_hx, [d.clone() for d in d_params] if need_weights else [None] * len(params)
+    if not need_weights:
+        return d_x, d_hx, [None] * len(params)
+    # cuDNN's weight gradients are views of one buffer; outputs of an op must not share memory.  One launch copies all of them.
+    own = [torch.empty_like(d) for d in d_params]
+    torch._foreach_copy_(own, d_params)
+    return d_x, d_hx, own
 
 
 # ---------------------------------------------------------------------------------------
@@ -374,9 +378,13 @@ class StorageTable:
 
 def innermost_backend(compiler_fn: Any) -> Any:
     """The backend that the user named, without the wrappers that Dynamo puts around it."""
-    while hasattr(compiler_fn, "_torchdynamo_orig_backend"):
-        compiler_fn = compiler_fn._torchdynamo_orig_backend
-    return compiler_fn
+    while True:
+        if hasattr(compiler_fn, "_torchdynamo_orig_backend"):
+            compiler_fn = compiler_fn._torchdynamo_orig_backend
+        elif hasattr(getattr(compiler_fn, "__self__", None), "backend_compile_fn"):  # DDPOptimizer, which splits the graph
+            compiler_fn = compiler_fn.__self__.backend_compile_fn
+        else:
+            return compiler_fn
 
 
 def is_inductor(backend: Any) -> bool:

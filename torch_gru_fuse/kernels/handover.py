@@ -22,45 +22,81 @@ def _tile_asm(vectors, k_vectors, vector_bytes, pack, element_bytes, timeout, se
     """PTX for one thread's part of a polled tile, and its operand constraints.
 
     vectors of vector_bytes each, pack elements in all; k_vectors of them in a row follow each other at a fixed distance and
-    share an address.  ``settle`` false: the loads.  True: loads again until no element is all ones, then, for fp32, rounds to
-    tf32 (half of the last kept bit is added; the product drops the rest).  The loads are relaxed: weak ones may be hoisted
-    out of the loop.  Reading the clock costs, so it is read at every 256th failure.  When the time is over the tile is NaN: the
-    pattern is one, but rounding would make it 0.
+    share an address.  ``settle`` false: the loads.  True: loads again until all is there, see ``_poll_asm``.
     """
     words = vector_bytes // 4
     outputs = vectors * words
     per_vector = pack // vectors
-    suffix = {4: "v4.b32", 2: "v2.b32", 1: "b32"}[words]
     address = 2 * outputs if settle else outputs
     loads = ""
     for i in range(vectors):
-        registers = ", ".join(f"${i * words + j}" for j in range(words))
-        if words > 1:
-            registers = "{" + registers + "}"
         first = address + i // k_vectors * k_vectors * per_vector
-        loads += f"ld.relaxed.gpu.global.{suffix} {registers}, [${first} + {i % k_vectors * 4 * vector_bytes}];\n"
-    if not settle:
-        return loads, ",".join(["=&r"] * outputs + ["l"] * pack)
+        loads += _load_asm(i * words, words, f"${first} + {i % k_vectors * 4 * vector_bytes}")
+    if settle:
+        loads = _poll_asm(loads, outputs, element_bytes, False, timeout, f"${address + pack}")
+    return loads, _constraints(outputs, pack, settle)
 
+
+@gluon.constexpr_function
+def _gates_asm(gates, distance, vectors, pack, element_bytes, whole_words, timeout, settle):
+    """The same for the tiles of several gates, in vectors of 16 bytes; a gate's are ``distance`` bytes after those of the one
+    before.  One loop for all: they cross at once."""
+    outputs = gates * vectors * 4
+    per_vector = pack // vectors
+    address = 2 * outputs if settle else outputs
+    loads = ""
+    for i in range(gates * vectors):
+        loads += _load_asm(4 * i, 4, f"${address + i % vectors * per_vector} + {i // vectors * distance}")
+    if settle:
+        loads = _poll_asm(loads, outputs, element_bytes, whole_words, timeout, f"${address + pack}")
+    return loads, _constraints(outputs, pack, settle)
+
+
+@gluon.constexpr_function
+def _load_asm(first, words, place):
+    """A vector of so many words to registers from the first on; relaxed, for weak loads may be hoisted out of the loop."""
+    suffix = {4: "v4.b32", 2: "v2.b32", 1: "b32"}[words]
+    registers = ", ".join(f"${first + i}" for i in range(words))
+    if words > 1:
+        registers = "{" + registers + "}"
+    return f"ld.relaxed.gpu.global.{suffix} {registers}, [{place}];\n"
+
+
+@gluon.constexpr_function
+def _constraints(outputs, pack, settle):
+    """Registers, to ``settle`` also what they hold before; one address an element, to ``settle`` also the error's."""
+    if not settle:
+        return ",".join(["=&r"] * outputs + ["l"] * pack)
+    return ",".join(["=&r"] * outputs + [str(i) for i in range(outputs)] + ["l"] * (2 * pack))
+
+
+@gluon.constexpr_function
+def _poll_asm(loads, outputs, element_bytes, whole_words, timeout, error):
+    """Loads again until no element is all ones, then, for fp32, rounds to tf32 (half of the last kept bit is added; the product
+    drops the rest).
+
+    whole_words: who writes half precision does so in words of two, so a word is all there or not.  Reading the clock costs, so
+    it is read at every 256th failure.  When the time is over the tile is NaN: the pattern is one, but rounding would make it 0.
+    """
     chains = min(4, outputs)
+    halves = element_bytes == 2 and not whole_words
     test = ""
     for i in range(outputs):
         m = f"m{i % chains}"
-        if element_bytes == 2:  # a half-word of ones is a zero half-word of the complement y: (y - 1) & ~y has its top bit
-            test += f"not.b32 m, ${i};\nsub.u32 m, m, 0x00010001;\nand.b32 m, m, ${i};\n"
+        if halves:  # a half-word of ones is a zero half-word of the complement y: (y - 1) & ~y has its top bit
+            test += f"sub.u32 m, 0xfffefffe, ${i};\nand.b32 m, m, ${i};\n"
             test += f"mov.b32 {m}, m;\n" if i < chains else f"or.b32 {m}, {m}, m;\n"
         else:
             test += f"mov.b32 {m}, ${i};\n" if i < chains else f"max.u32 {m}, {m}, ${i};\n"
     for i in range(1, chains):
-        test += f"{'or.b32' if element_bytes == 2 else 'max.u32'} m0, m0, m{i};\n"
-    if element_bytes == 2:
+        test += f"{'or.b32' if halves else 'max.u32'} m0, m0, m{i};\n"
+    if halves:
         test += "and.b32 m0, m0, 0x80008000;\nsetp.ne.u32 p, m0, 0;\n"
     else:
         test += "setp.eq.u32 p, m0, 0xffffffff;\n"
     rounding = "".join(f"add.u32 ${i}, ${i}, 0x1000;\n" for i in range(outputs)) if element_bytes == 4 else ""
     nothing = "".join(f"mov.b32 ${i}, 0x7fc00000;\n" for i in range(outputs)) if element_bytes == 4 else ""
-    error = f"${address + pack}"
-    text = f"""{{
+    return f"""{{
 .reg .pred p, q;
 .reg .b32 m, m0, m1, m2, m3, c;
 .reg .b64 t, t0;
@@ -89,7 +125,6 @@ st.relaxed.sys.global.b32 [t], c;
 {nothing}END:
 {rounding}}}
 """
-    return text, ",".join(["=&r"] * outputs + [str(i) for i in range(outputs)] + ["l"] * (2 * pack))
 
 
 @gluon.jit
@@ -111,6 +146,33 @@ def settle(
     return gl.inline_asm_elementwise(
         asm[0], asm[1], [b, p.to(gl.int64), p_error.to(gl.int64)], dtype=p.dtype.element_ty, is_pure=False, pack=pack
     )
+
+
+@gluon.constexpr_function
+def _repeat(x, count):
+    return [x] * count
+
+
+@gluon.jit
+def issue_gates(p, gates: gl.constexpr, distance: gl.constexpr, vectors: gl.constexpr, pack: gl.constexpr):
+    """Starts to read tiles of so many gates, the first at p; ``settle_gates`` must follow."""
+    BYTES: gl.constexpr = p.dtype.element_ty.primitive_bitwidth // 8
+    asm: gl.constexpr = _gates_asm(gates, distance * BYTES, vectors, pack, BYTES, True, 0, False)
+    types: gl.constexpr = _repeat(p.dtype.element_ty, gates)
+    return gl.inline_asm_elementwise(asm[0], asm[1], (p,), dtype=types.value, is_pure=False, pack=pack)
+
+
+@gluon.jit
+def settle_gates(
+    bs, p, p_error, distance: gl.constexpr, vectors: gl.constexpr, pack: gl.constexpr, whole_words: gl.constexpr,
+    TIMEOUT: gl.constexpr,
+):  # fmt: skip
+    """The tiles, as soon as all of them are there; bs are what ``issue_gates`` saw."""
+    BYTES: gl.constexpr = p.dtype.element_ty.primitive_bitwidth // 8
+    asm: gl.constexpr = _gates_asm(len(bs), distance * BYTES, vectors, pack, BYTES, whole_words, TIMEOUT, True)
+    types: gl.constexpr = _repeat(p.dtype.element_ty, len(bs))
+    arguments = bs + (p.to(gl.int64), p_error.to(gl.int64))
+    return gl.inline_asm_elementwise(asm[0], asm[1], arguments, dtype=types.value, is_pure=False, pack=pack)
 
 
 @gluon.jit

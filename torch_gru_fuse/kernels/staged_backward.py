@@ -15,7 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from .handover import clear_beyond, prefetch
+from .handover import clear_beyond, issue_gates, prefetch, settle_gates
 from .lanes import (
     add_slices,
     async_load,
@@ -39,103 +39,7 @@ if TYPE_CHECKING:
     from ..planner.whole_sequence import StagedPlan
 
 
-# ---- handing over several gates at once -------------------------------------------------------------------------------------
-
-
-@gluon.constexpr_function
-def _gates_asm(gates, distance, vectors, pack, element_bytes, whole_words, timeout, settle):
-    """PTX for one thread's part of polled tiles, and its operand constraints: ``_tile_asm`` of ``handover`` for several gates.
-
-    A tile is vectors of 16 bytes, pack elements in all; those of the next gate are ``distance`` bytes further on.  One loop for
-    all: they cross at once.  whole_words: who writes half precision does so in words of two, so a word is all there or not.
-    """
-    outputs = gates * vectors * 4
-    per_vector = pack // vectors
-    address = 2 * outputs if settle else outputs
-    loads = ""
-    for i in range(gates * vectors):
-        registers = ", ".join(f"${4 * i + j}" for j in range(4))
-        place = f"${address + i % vectors * per_vector} + {i // vectors * distance}"
-        loads += f"ld.relaxed.gpu.global.v4.b32 {{{registers}}}, [{place}];\n"
-    if not settle:
-        return loads, ",".join(["=&r"] * outputs + ["l"] * pack)
-
-    chains = 4
-    halves = element_bytes == 2 and not whole_words
-    test = ""
-    for i in range(outputs):
-        m = f"m{i % chains}"
-        if halves:  # a half-word of ones is a zero half-word of the complement y: (y - 1) & ~y has its top bit
-            test += f"sub.u32 m, 0xfffefffe, ${i};\nand.b32 m, m, ${i};\n"
-            test += f"mov.b32 {m}, m;\n" if i < chains else f"or.b32 {m}, {m}, m;\n"
-        else:
-            test += f"mov.b32 {m}, ${i};\n" if i < chains else f"max.u32 {m}, {m}, ${i};\n"
-    for i in range(1, chains):
-        test += f"{'or.b32' if halves else 'max.u32'} m0, m0, m{i};\n"
-    if halves:
-        test += "and.b32 m0, m0, 0x80008000;\nsetp.ne.u32 p, m0, 0;\n"
-    else:
-        test += "setp.eq.u32 p, m0, 0xffffffff;\n"
-    rounding = "".join(f"add.u32 ${i}, ${i}, 0x1000;\n" for i in range(outputs)) if element_bytes == 4 else ""
-    nothing = "".join(f"mov.b32 ${i}, 0x7fc00000;\n" for i in range(outputs)) if element_bytes == 4 else ""
-    error = f"${address + pack}"
-    text = f"""{{
-.reg .pred p, q;
-.reg .b32 m, m0, m1, m2, m3, c;
-.reg .b64 t, t0;
-mov.u32 c, 0;
-mov.u64 t0, 0;
-POLL:
-{test}vote.sync.any.pred p, p, 0xffffffff;
-@!p bra END;
-{loads}add.u32 c, c, 1;
-and.b32 m, c, 255;
-setp.ne.u32 p, m, 0;
-@p bra POLL;
-ld.relaxed.gpu.global.b32 m, [{error}];
-setp.ne.u32 p, m, 0;
-mov.u64 t, %globaltimer;
-setp.eq.u64 q, t0, 0;
-@q mov.u64 t0, t;
-sub.u64 t, t, t0;
-setp.gt.or.u64 p, t, {timeout}, p;
-vote.sync.any.pred p, p, 0xffffffff;
-@!p bra POLL;
-st.relaxed.gpu.global.b32 [{error}], 1;
-ld.relaxed.gpu.global.b64 t, [{error} + 8];
-ld.relaxed.gpu.global.b32 c, [{error} + 16];
-st.relaxed.sys.global.b32 [t], c;
-{nothing}END:
-{rounding}}}
-"""
-    return text, ",".join(["=&r"] * outputs + [str(i) for i in range(outputs)] + ["l"] * (2 * pack))
-
-
-@gluon.constexpr_function
-def _repeat(x, count):
-    return [x] * count
-
-
-@gluon.jit
-def issue_gates(p, gates: gl.constexpr, distance: gl.constexpr, vectors: gl.constexpr, pack: gl.constexpr):
-    """Starts to read tiles of so many gates, the first at p; ``settle_gates`` must follow."""
-    BYTES: gl.constexpr = p.dtype.element_ty.primitive_bitwidth // 8
-    asm: gl.constexpr = _gates_asm(gates, distance * BYTES, vectors, pack, BYTES, True, 0, False)
-    types: gl.constexpr = _repeat(p.dtype.element_ty, gates)
-    return gl.inline_asm_elementwise(asm[0], asm[1], (p,), dtype=types.value, is_pure=False, pack=pack)
-
-
-@gluon.jit
-def settle_gates(
-    bs, p, p_error, distance: gl.constexpr, vectors: gl.constexpr, pack: gl.constexpr, whole_words: gl.constexpr,
-    TIMEOUT: gl.constexpr,
-):  # fmt: skip
-    """The tiles, as soon as all of them are there; bs are what ``issue_gates`` saw."""
-    BYTES: gl.constexpr = p.dtype.element_ty.primitive_bitwidth // 8
-    asm: gl.constexpr = _gates_asm(len(bs), distance * BYTES, vectors, pack, BYTES, whole_words, TIMEOUT, True)
-    types: gl.constexpr = _repeat(p.dtype.element_ty, len(bs))
-    arguments = bs + (p.to(gl.int64), p_error.to(gl.int64))
-    return gl.inline_asm_elementwise(asm[0], asm[1], arguments, dtype=types.value, is_pure=False, pack=pack)
+# ---- gate gradients that others made ----------------------------------------------------------------------------------------
 
 
 @gluon.jit

@@ -40,12 +40,17 @@ def gru_forward(call: GRUCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     assert save
     output, h_n, reserve = call.empty_results(save)
     layer_outputs, stacks = _stacks(call, reserve)
+    whole = len(stacks) == 1
     x = call.input
     for first, layers, chunk in stacks:
         states = call.states(first, layers)
         params = call.params[call.places(states.start, layers * call.D)]
         result = torch_hooks.cudnn_gru_forward(x, call.hx[states], params, call.has_biases, layers, call.bidirectional)
-        output, h_n[states] = result.output, result.h_n
+        output = result.output
+        if whole:
+            h_n = result.h_n
+        else:
+            h_n[states] = result.h_n
         size = result.reserve.numel()
         if size > chunk.numel():
             raise RuntimeError(
@@ -74,11 +79,15 @@ def gru_backward(
         states = call.states(first, layers)
         places = call.places(states.start, layers * call.D)
         out = output if first + layers == call.L else layer_outputs[first]
-        grad, grad_hx[states], grad_params[places] = torch_hooks.cudnn_gru_backward(
+        grad, d_hx, grad_params[places] = torch_hooks.cudnn_gru_backward(
             grad, None if grad_h_n is None else grad_h_n[states], call.layer_input(first, layer_outputs), call.hx[states],
             call.params[places], call.has_biases, layers, call.bidirectional, out,
             chunk.clone(), need_weights=any(needs[2:][places]),  # cuDNN writes into it
         )  # fmt: skip
+        if len(stacks) == 1:
+            grad_hx = d_hx
+        else:
+            grad_hx[states] = d_hx
         if first > 0:
             grad = call.mask(grad, first - 1)
     return [g.contiguous() for g, need in zip([grad, grad_hx, *grad_params], needs, strict=True) if need]

@@ -48,22 +48,58 @@ _made_by = torch_hooks.StorageTable()
 
 
 _plans: dict[tuple, Plan] = {}
+#: What has been asked for, but for whether it was captured, where only a CUDA graph takes whole sequences, and where these have
+#: run once by themselves: code is compiled and loaded then, which a capture does not allow.
+_warmed: set[tuple] = set()
 
 
 def plan_of(call: GRUCall, *, training: bool) -> Plan:
     x = call.input
-    dtype, device = x.dtype, x.get_device()
-    tf32_allowed = dtype == torch.float32 and torch_hooks.rnn_allows_tf32()
-    cudnn = torch_hooks.cudnn_runs(x)
-    captured = not training and x.is_cuda and torch.cuda.is_current_stream_capturing()
-    dropout = call.dropout_masks is not None
-    # all that the plan depends on
-    key = (
-        x.shape, call.hx.shape, dtype, device, call.bidirectional, training, tf32_allowed, cudnn, dropout, captured,
-        choice(), os.environ.get("TORCH_GRU_FUSE_GPU"),
+    captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    key = _key(call, training)
+    plan = _planned(call, key, training, captured)
+    if captured and plan.kernel == "whole" and key not in _warmed:
+        by_itself = _planned(call, key, training, False)
+        if by_itself.kernel != "whole":
+            plan = by_itself
+    if _refused and plan.kernel == "whole":
+        plan = _instead(call, plan, training)
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("gru T=%d B=%d I=%d H=%d: %s, %s", *x.shape, call.H, plan.kernel, plan.reason)
+    return plan
+
+
+def _first_of_its_kind(call: GRUCall, training: bool) -> Plan | None:
+    """The plan for a CUDA graph, once, where a call that comes before a capture would take another."""
+    if not call.input.is_cuda or torch.cuda.is_current_stream_capturing():
+        return None
+    key = _key(call, training)
+    if key in _warmed:
+        return None
+    plan = _planned(call, key, training, True)
+    if plan.kernel != "whole" or (call.input.get_device(), plan.whole) in _refused:
+        return None
+    if len(_warmed) >= 4096:
+        _warmed.clear()
+    _warmed.add(key)
+    return plan
+
+
+def _key(call: GRUCall, training: bool) -> tuple:
+    """All that a plan depends on, but for whether the call is captured."""
+    x = call.input
+    tf32_allowed = x.dtype == torch.float32 and torch_hooks.rnn_allows_tf32()
+    return (
+        x.shape, call.hx.shape, x.dtype, x.get_device(), call.bidirectional, training, tf32_allowed, torch_hooks.cudnn_runs(x),
+        call.dropout_masks is not None, choice(), os.environ.get("TORCH_GRU_FUSE_GPU"),
     )  # fmt: skip
-    plan = _plans.get(key)
+
+
+def _planned(call: GRUCall, key: tuple, training: bool, captured: bool) -> Plan:
+    plan = _plans.get((key, captured))
     if plan is None:
+        x = call.input
+        _, _, dtype, device, _, _, tf32_allowed, cudnn, dropout, *_ = key
         unsupported = why_not_kernels(x)
         plan = plan_gru(
             *x.shape, call.H, call.L, call.D, str(dtype), tf32_allowed=tf32_allowed, training=training, cudnn=cudnn,
@@ -71,11 +107,7 @@ def plan_of(call: GRUCall, *, training: bool) -> Plan:
         )  # fmt: skip
         if len(_plans) >= 4096:
             _plans.clear()
-        _plans[key] = plan
-    if _refused and plan.kernel == "whole":
-        plan = _instead(call, plan, training)
-    if log.isEnabledFor(logging.DEBUG):
-        log.debug("gru T=%d B=%d I=%d H=%d: %s, %s", *x.shape, call.H, plan.kernel, plan.reason)
+        _plans[key, captured] = plan
     return plan
 
 
@@ -119,6 +151,8 @@ def gru_forward(call: GRUCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     if call.B == 0:
         return call.empty_results(save)
     plan = plan_of(call, training=save)
+    if plan.kernel == "torch":
+        plan = _first_of_its_kind(call, save) or plan
     if plan.kernel == "stream":
         return _stream_forward(call, plan)
     if plan.kernel == "whole":

@@ -16,6 +16,7 @@ from triton.runtime import driver
 from torch_gru_fuse.kernels import launch, prepare, resident_backward, staged_backward, wavefront_backward
 from torch_gru_fuse.ops import timeouts
 from torch_gru_fuse.ops.call import GRUCall
+from torch_gru_fuse.ops.whole_path import aligned
 from torch_gru_fuse.planner.whole_sequence import WholeSequencePlan
 
 # By the name of a plan's kernel: kernel, its constants.
@@ -28,10 +29,13 @@ _KERNELS = {
 
 @dataclass(frozen=True, slots=True)
 class _Recipe:
-    """What all launches with the same sizes have in common; ``programs_b``: those along the batch."""
+    """What all launches with the same sizes have in common.
+
+    programs_b: programs along the batch.  fill_grid: None where nobody waits for what another makes.
+    """
 
     programs_b: int
-    fill_grid: tuple[int, int, int]
+    fill_grid: tuple[int, int, int] | None
     kernel_grid: tuple[int, int, int]
     run_fill: launch.Launcher
     run_kernel: launch.Launcher
@@ -75,7 +79,7 @@ def _make_recipe(call: GRUCall, whole: WholeSequencePlan, has_dy: bool, has_dhn:
     )  # fmt: skip
     return _Recipe(
         programs_b=-(-B // (whole.kernel.rows * getattr(whole.kernel, "tiles", 1))),
-        fill_grid=(*prepare.fill_grid(steps=lanes * T, batch=B, hidden=4 * H), 1, 1),
+        fill_grid=(*prepare.fill_grid(steps=lanes * T, batch=B, hidden=4 * H), 1, 1) if whole.waits(reverse=reverse) else None,
         kernel_grid=(whole.programs(B, H), 1, 1),
         run_fill=launch.launcher(
             prepare.prepare_kernel, device, prepare.fill_constants(hidden=4 * H),
@@ -122,14 +126,14 @@ def gate_gradients(
     layers = lanes // D
     states = call.states(layer, layers)
     stack = layers > 1
-    masks = call.dropout_masks if stack else None
-    dy = None if dy is None else dy.contiguous()
-    dhn = None if dhn is None else dhn[states].contiguous()
+    masks = aligned(call.dropout_masks) if stack and call.dropout_masks is not None else None
+    dy = None if dy is None else aligned(dy)
+    dhn = None if dhn is None else aligned(dhn[states])
     recipe = _recipe(call, whole, dy is not None, dhn is not None, masks is not None)
-    hx = call.hx[states].contiguous()
+    hx, out = aligned(call.hx[states]), aligned(out)
     d = d_gates[layer : layer + layers]
     each = 4 if call.has_biases else 2
-    params = [p.contiguous() for p in call.params[call.places(states.start, lanes)]]
+    params = [aligned(p) for p in call.params[call.places(states.start, lanes)]]
     w_hh = tuple(p.data_ptr() for p in params[1::each])
     w_ih = tuple(p.data_ptr() for p in params[::each][1:]) if stack else w_hh[:1]
     sums = hx.new_empty(lanes, recipe.programs_b, 4, call.H, dtype=torch.float32)
@@ -143,17 +147,17 @@ def gate_gradients(
     bits = 0
     for pointer in pointers:
         bits |= pointer
-    aligned = not bits % 16
+    is_aligned = not bits % 16
     stream = driver.active.get_current_stream(hx.get_device())
-    # d_gates as one sequence of lanes * T steps of 4H units
-    values = prepare.fill_arguments(
-        address, recipe.word, recipe.launch_id, error.data_ptr(), steps=lanes * call.T, batch=call.B
-    )
-    recipe.run_fill(recipe.fill_grid, stream, values, aligned)
+    if recipe.fill_grid is not None:  # d_gates as one sequence of lanes * T steps of 4H units
+        values = prepare.fill_arguments(
+            address, recipe.word, recipe.launch_id, error.data_ptr(), steps=lanes * call.T, batch=call.B
+        )
+        recipe.run_fill(recipe.fill_grid, stream, values, is_aligned)
     values = (
         None if dy is None else dy.data_ptr(), None if dhn is None else dhn.data_ptr(), hx_address, out_address, below, saved,
         w_ih, w_hh, None if masks is None else masks[layer].data_ptr(),
         address, dhx_address, sums.data_ptr(), error.data_ptr(), call.T, call.B,
     )  # fmt: skip
-    recipe.run_kernel(recipe.kernel_grid, stream, values, aligned)
+    recipe.run_kernel(recipe.kernel_grid, stream, values, is_aligned)
     return sums.sum(1)

@@ -201,8 +201,8 @@ def gru_forward(call: GRUCall, save: bool, plan: Plan) -> tuple[Tensor, Tensor, 
     if recipe.hidden != call.H:
         return _padded_forward(call, save, plan, recipe)
     output, h_n, reserve = call.empty_results(save)
-    hx = call.hx.contiguous()
-    masks = None if call.dropout_masks is None else call.dropout_masks.contiguous()
+    hx = aligned(call.hx)
+    masks = None if call.dropout_masks is None else aligned(call.dropout_masks)
     places = _Places(hx.data_ptr(), h_n.data_ptr(), reserve.data_ptr() if save else 0, masks)
     if recipe.lanes == hx.shape[0]:
         _launch(call, plan, recipe, 0, call.input, call.params, output, places)
@@ -217,6 +217,12 @@ def gru_forward(call: GRUCall, save: bool, plan: Plan) -> tuple[Tensor, Tensor, 
         if not last:
             x = call.mask(out, layer)
     return output, h_n, reserve
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor as kernels take it: contiguous, and from a multiple of 16 bytes on, which a piece of a buffer need not be."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
 class _Places:
@@ -245,7 +251,7 @@ def _launch(
         # layer_outputs [L-1, T, B, D*H], then gates [L, D, T, B, 4, H]
         below = places.reserve
         gates = below + recipe.steps * state_bytes * ((call.L - 1) * call.D + 4 * first)
-    params = [p.contiguous() for p in params]  # copies must outlive the launch
+    params = [aligned(p) for p in params]  # copies must outlive the launch
     recipe.launch(
         gi.data_ptr(), places.hx + first * state_bytes, [p.data_ptr() for p in params], out.data_ptr(),
         places.h_n + first * state_bytes, workspace.data_ptr(), gates, below, places.masks if recipe.handed_bytes else None,

@@ -66,10 +66,8 @@ def whole_sequence_is_faster(
 
     One place for all thresholds; edit with a measurement beside it.
     """
-    if training and backward is None:
-        return False  # a launch a step then
     if training:
-        return False  # TODO
+        return backward is not None and _training_is_faster(backward, T, B, H, element_bytes)
     if T < _WHOLE_FROM_STEPS:
         return False
     if H % 16 and (H < _PADDED_FROM_HIDDEN or _PADDED_FROM_STEPS[captured] > T):
@@ -87,6 +85,40 @@ def whole_sequence_is_faster(
     return True
 
 
+# Training: forward and backward, H100, 296 shapes: T 16 and 100, B 1 to 2048, H 16 to 1024, otherwise the same
+# (docs/results/sweep-train-h100.json).
+_TRAINS_FROM_STEPS = 16
+# cuDNN has one kernel for small layers, and in float32 makes their recurrent products without TF32: T=16, B=8, H=32, tf32 0.81
+# to 0.95, B=64, H=16, 3 layers, fp16 0.98.
+_SMALL_LAYERS_TRAIN_FROM_STEPS, _SMALL_LAYERS_TRAIN_FROM_BATCH = 64, 256
+# T=100, H=128, layer by layer, tf32: B=1 0.87, B=32 0.99, B=128 1.6.
+_WAVEFRONT_128_TRAINS_FROM_BATCH = 64
+# staged: rows of a program in the backward.  H=1024, B=256: tf32 (128 rows) 0.72 to 0.85, fp16 (64 rows) 0.90 to 1.1; H=512,
+# B=1024, tf32 (128 rows) 0.86 to 1.4.
+_STAGED_MOST_ROWS = {
+    (256, 2): 128, (256, 4): 128, (512, 2): 128, (512, 4): 64, (1024, 2): 32, (1024, 4): 64,
+}  # fmt: skip
+
+
+def _training_is_faster(backward: WholeSequencePlan, T: int, B: int, H: int, element_bytes: int) -> bool:
+    """Whether forward and backward of whole sequences beat cuDNN's in a CUDA graph; ``backward``: the plan of the latter.
+
+    Called one by one, too, they take the host less time than cuDNN behind an op (T=200, H=64, 2 layers: 1.7 and 2.6 ms).
+    """
+    kernel = backward.kernel
+    if T < _TRAINS_FROM_STEPS:
+        return False
+    few = T < _SMALL_LAYERS_TRAIN_FROM_STEPS
+    if few and H <= 64 and B < _SMALL_LAYERS_TRAIN_FROM_BATCH and (element_bytes == 4 or H < 32):
+        return False
+    if isinstance(kernel, StagedPlan):
+        padded = 1 << (H - 1).bit_length()
+        return kernel.rows * kernel.tiles <= _STAGED_MOST_ROWS[padded, element_bytes]
+    if H <= 128 and element_bytes == 4 and not isinstance(kernel, ResidentPlan) and backward.lanes == 1:
+        return B >= _WAVEFRONT_128_TRAINS_FROM_BATCH and not few
+    return True
+
+
 # Row offsets of the whole-sequence kernels are bytes in 32 bits; a row holds at most gi of two directions in float32.
 _MOST_BYTES = 2**31
 
@@ -96,6 +128,7 @@ _MOST_BYTES = 2**31
 # measured and stays with cuDNN.
 _STEP_TRAINS_FROM_BATCH, _STEP_TRAINS_UP_TO_HIDDEN = 1024, 256
 # Forward of T=64, B=16, H=4096: 1.59 ms and cuDNN 2.06 (fp16), 3.21 and 3.73 (tf32); at H=2048 cuDNN is faster (0.61 and 0.84).
+# Forward and backward: 4.59 and 5.88 (fp16), 9.82 and 11.41 (tf32; an H100).
 _STEP_FROM_HIDDEN, _STEP_UP_TO_BATCH, _STEP_FROM_STEPS = 4096, 16, 16
 # float32 products without TF32 run on FMA units, where our tiles reach a fifth of cuBLAS (H200, cell, B = H = 1024: 1.70 ms and
 # 0.37 ms): there PyTorch makes the products and a pointwise kernel the gates.
@@ -186,7 +219,7 @@ def _plan_gru(
             return in_one("whole sequences in one launch: faster than cuDNN", whole)
         whole = "cuDNN is faster than whole sequences in one launch, as far as was measured"
     tensor_cores = tf32 or _BYTES[dtype] == 2
-    if not training and tensor_cores and T >= _STEP_FROM_STEPS and B <= _STEP_UP_TO_BATCH and H >= _STEP_FROM_HIDDEN:
+    if tensor_cores and T >= _STEP_FROM_STEPS and B <= _STEP_UP_TO_BATCH and H >= _STEP_FROM_HIDDEN:
         return step("weights that are larger than L2: faster than cuDNN")
     if training and B >= _STEP_TRAINS_FROM_BATCH and H <= _STEP_TRAINS_UP_TO_HIDDEN and tensor_cores:
         return step("training with a large batch: faster than cuDNN")
