@@ -8,8 +8,9 @@ import torch
 from emulated import EMULATED, one_thread, run
 
 from torch_gru_fuse.kernels import aot
+from torch_gru_fuse.planner import whole_sequence
 from torch_gru_fuse.planner.gpus import gpu_named
-from torch_gru_fuse.planner.whole_sequence import WavefrontPlan, plan_whole_sequence_backward
+from torch_gru_fuse.planner.whole_sequence import WavefrontPlan, WholeSequencePlan
 
 module = EMULATED.wavefront_backward
 
@@ -189,12 +190,13 @@ def test_planned_launches_fit_a_4090(hidden, element_bytes, stack):
     """sm_89 code of all tiles that are planned: no spills, 99 KB of shared memory, all programs resident on 128 SMs."""
     gpu, found = gpu_named("rtx4090"), set()
     dtype = torch.float16 if element_bytes == 2 else torch.float32
+    lanes = 2 if stack else 1
     for batch in (1, 16, 40, 70):
-        lanes = 2 if stack else 1
-        planned = plan_whole_sequence_backward(batch, hidden, lanes, element_bytes, reverse=False)
-        if planned is None or planned.kernel.name != "wavefront" or planned.lanes != lanes or planned in found:
+        kernel = whole_sequence._wavefront_backward(batch, hidden, lanes, element_bytes, stack, gpu.multiprocessors)
+        if kernel is None or kernel in found:
             continue
-        found.add(planned)
+        found.add(kernel)
+        planned = WholeSequencePlan(lanes, kernel)
         taken = aot.compile_whole_sequence_backward(dtype, planned, batch=batch, hidden=hidden, masked=stack)
         assert taken.spill_bytes == 0 and taken.stack_bytes == 0
         resident = gpu.resident_programs(taken.registers, planned.kernel.num_warps, taken.shared_bytes)

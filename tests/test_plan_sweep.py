@@ -13,8 +13,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from torch_gru_fuse.kernels import aot
-from torch_gru_fuse.planner.gpus import GPUS
-from torch_gru_fuse.planner.whole_sequence import ResidentPlan, StagedPlan, plan_whole_sequence, why_no_plan
+from torch_gru_fuse.planner.gpus import GPUS, gpu_named
+from torch_gru_fuse.planner.whole_sequence import (
+    ResidentPlan,
+    StagedPlan,
+    plan_whole_sequence,
+    plan_whole_sequence_backward,
+    why_no_plan,
+)
 from torch_gru_fuse.tools import plan as command
 
 GPU = GPUS["rtx4090"]
@@ -278,3 +284,25 @@ def assert_compiles(plan, batch, hidden, bidirectional, dtype, save_gates):
         assert resident >= plan.programs_per_sm
         assert plan.programs(batch, hidden) <= GPU.multiprocessors * resident
     assert resident >= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "batch, hidden, lanes",
+    [(1024, 256, 1), (3000, 256, 1), (600, 256, 2), (256, 512, 1), (1000, 512, 1), (250, 480, 2), (60, 1024, 1), (200, 1024, 1),
+     (1000, 64, 1), (1000, 128, 1)],
+)  # fmt: skip
+def test_backward_plans_fit_a_4090(batch, hidden, lanes, dtype):
+    """Plans for large batches and small layers: no spills, 99 KB of shared memory, all that wait for each other resident."""
+    gpu, reverse = gpu_named("rtx4090"), lanes == 2
+    planned = plan_whole_sequence_backward(batch, hidden, lanes, dtype.itemsize, reverse=reverse)
+    if (hidden, dtype) == (128, torch.float32):
+        assert planned is None  # resident would spill
+        return
+    taken = aot.compile_whole_sequence_backward(dtype, planned, batch=batch, hidden=hidden, reverse=reverse)
+    assert taken.spill_bytes == 0 and taken.stack_bytes == 0 and taken.shared_bytes <= 99 * 1024
+    if isinstance(planned.kernel, StagedPlan):
+        assert taken.shared_bytes == planned.kernel.shared_bytes_backward(hidden, dtype.itemsize)
+    if planned.waits(reverse=reverse):
+        resident = gpu.resident_programs(taken.registers, planned.kernel.num_warps, taken.shared_bytes)
+        assert planned.programs(batch, hidden) <= gpu.multiprocessors * resident

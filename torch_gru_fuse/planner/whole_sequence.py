@@ -389,15 +389,17 @@ class _Tile:
 
 # Of the backward of ``staged``, by padded H and bytes of an element, the fastest first.  T=128, B=1024, H=256, forward and
 # backward: fp16 1.14 ms, with 4 slices 1.16, tf32 2.43 to 2.57; T=64, B=256, H=512: fp16 0.49, in 3 pieces 0.55, tf32 1.06, in
-# tiles of 8 1.11; T=256, B=64, H=1024: fp16 2.12, tf32 5.30, in 4 pieces 5.53, in 12 7.63.
+# tiles of 8 1.11; T=256, B=64, H=1024: fp16 2.12, tf32 5.30, in 4 pieces 5.53, in 6 5.87, in 12 7.63.
 _STAGED_BACKWARD = {
     (256, 2): (_Tile(64, 16, 2, 4, 1, 0, tiles=(1, 4)), _Tile(64, 8, 2, 4, 1, 0)),
     (512, 2): (_Tile(64, 8, 2, 4, 1, 2, tiles=(1, 2), lanes=1), _Tile(64, 8, 2, 4, 3, 2)),
     (1024, 2): (_Tile(32, 8, 8, 1, 3, 1),),
     (256, 4): (_Tile(64, 8, 2, 4, 2, 2, tiles=(1, 2)), _Tile(64, 8, 2, 4, 3, 1, tiles=(4, 32))),
     (512, 4): (_Tile(32, 16, 4, 2, 6, 2, tiles=(1, 4)), _Tile(32, 8, 8, 1, 3, 1)),
-    (1024, 4): (_Tile(16, 8, 8, 1, 6, 2, tiles=(2, 2)), _Tile(16, 8, 8, 1, 3, 1)),
-}
+    (1024, 4): (
+        _Tile(16, 8, 8, 1, 3, 1, tiles=(1, 1)), _Tile(16, 8, 8, 1, 3, 1, tiles=(4, 4)), _Tile(16, 8, 8, 1, 6, 2),
+    ),
+}  # fmt: skip
 
 
 def _staged_backward(
