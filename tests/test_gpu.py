@@ -258,6 +258,20 @@ def test_training_in_one_launch(monkeypatch, precision, sizes, kernel):
     assert all(map(torch.equal, actual, again))  # the same bits
 
 
+@pytest.mark.parametrize("precision", ["tf32", "float16"], indirect=True)
+@pytest.mark.parametrize("sizes, kernel", TRAINED)
+def test_training_by_the_last_state_alone(monkeypatch, precision, sizes, kernel):
+    """The output has no gradient then."""
+    dtype, tolerance = precision
+    monkeypatch.setenv("TORCH_GRU_FUSE_KERNELS", "triton")
+    args = gru_args(**sizes, dtype=dtype)
+    inputs = [args[0], args[1], *args[2]]
+    actual, expected = (
+        value_and_grads(lambda *a, f=function: f(*a)[1:], args, inputs) for function in (fused.gru, torch.gru)
+    )
+    assert_same(actual, expected, tolerance)
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_capture_after_calls_that_take_another_kernel(training):
     """Few steps of one small layer: cuDNN, or, in a CUDA graph, whole sequences, which the first call has loaded."""

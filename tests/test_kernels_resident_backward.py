@@ -221,14 +221,14 @@ def test_a_wait_ends(monkeypatch, dtype, missing):
 
 
 @functools.cache
-def compiled(dtype, hidden, lanes, capability, reverse=False, masked=False):
+def compiled(dtype, hidden, lanes, capability, reverse=False, masked=False, dy=True):
     new = functools.partial(torch.empty, dtype=dtype, device="meta")
     steps, batch, stack = 16, 40, lanes > 1 and not reverse
     plan = plan_of(hidden)
     out, state, w = new(steps, batch, (2 if reverse else 1) * hidden), new(lanes, batch, hidden), new(3 * hidden, hidden)
     gates, below = new(lanes, steps, batch, 4, hidden), new(lanes - 1, steps, batch, hidden) if stack else None
     grid, arguments = resident_backward.resident_backward_launch(
-        out, state, state, out, below, gates, [w] * (lanes - 1 if stack else 0), [w] * lanes, gates, state,
+        out if dy else None, state, state, out, below, gates, [w] * (lanes - 1 if stack else 0), [w] * lanes, gates, state,
         new(lanes, 5, 4, hidden, dtype=torch.float32), new(4, dtype=torch.int64), plan=plan, masks=below if masked else None,
     )  # fmt: skip
     assert grid == (5 * (2 * lanes - 1 if stack else lanes),)
@@ -242,7 +242,9 @@ COMPILED = [
     pytest.param(torch.float32, 64, 1, {}, id="64 units, tf32"),
     pytest.param(torch.float16, 96, 2, {"reverse": True}, id="two directions, 96 units"),
     pytest.param(torch.float32, 48, 2, {"reverse": True}, id="two directions, 48 units, tf32"),
-    pytest.param(torch.bfloat16, 128, 2, {"masked": True}, id="stack, 128 units, dropout"),
+    pytest.param(torch.float16, 32, 1, {"dy": False}, id="32 units, no dy"),
+    pytest.param(torch.bfloat16, 64, 2, {"masked": True}, id="stack, 64 units, dropout"),
+    pytest.param(torch.float16, 16, 2, {}, id="stack, 16 units"),
     pytest.param(torch.float32, 32, 3, {"masked": True}, id="stack, 32 units, dropout, tf32"),
 ]
 

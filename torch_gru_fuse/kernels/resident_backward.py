@@ -209,8 +209,7 @@ def step(
     right: gl.constexpr, leave: gl.constexpr, LENGTH: gl.constexpr,
     EARLY: gl.constexpr, COPIES_Y: gl.constexpr, ABOVE: gl.constexpr, TIMEOUT: gl.constexpr,
 ):  # fmt: skip
-    """Step t of T, counted from the last of the forward; i is t modulo 4, but for a constant.  Pointers are where it reads or
-    writes next.  A step before the first, t < 0, finds zeros, and hands dh on as it is.
+    """Step t of T, counted from the last of the forward; i is t modulo 4.  Pointers are where it reads or writes next.
 
     What a step hands on: dh without what comes through the product; what was seen of dy that another program makes; if EARLY,
     what was taken from shared memory for the next step; sums.
@@ -237,18 +236,18 @@ def step(
     for g in gl.static_range(4):
         gl.store(p_d + g * H, b_left[g], mask=m_d & (t > 0))
 
-    b_z = gl.where(t < 0, 1.0, b_taken[1].to(gl.float32))
+    b_z = b_taken[1].to(gl.float32)
     f_hn, f_r, f_z, f_n = gate_factors(
         b_taken[0].to(gl.float32), b_z, b_taken[2].to(gl.float32), b_taken[3].to(gl.float32), b_taken[4].to(gl.float32)
     )
     if HAS_Y:
         b_dy = b_taken[5].to(gl.float32)
         if ABOVE:
-            b_dy = gl.where(m & (t >= 0), b_dy, 0.0)  # rows beyond B have another's
+            b_dy = gl.where(m, b_dy, 0.0)  # rows beyond B have another's
         b_dh += b_dy
     if ABOVE:
         s_steps[(i + 2) % 4][2].store(receive(b_y, p_y, p_error, 1, LENGTH, TIMEOUT))
-        p_y += gl.where((t + 2 >= 0) & (t + 3 < T), strides[0], 0)
+        p_y += gl.where(t + 3 < T, strides[0], 0)
         b_y = request(p_y, 1, LENGTH)
     b_dh += in_order(b_product, U, N, num_warps)
     b_hn = b_dh * f_hn
@@ -263,6 +262,17 @@ def step(
     if COPIES_Y:
         p_y += strides[1]
     return p_g + strides[0], p_h + strides[1], p_y, p_d + strides[0], (b_dh * b_z, b_y, b_next, sums)
+
+
+@gluon.jit
+def finish(
+    s_old, b_dh, p_d, m_d, weights,
+    H: gl.constexpr, U: gl.constexpr, N: gl.constexpr, num_warps: gl.constexpr, right: gl.constexpr, leave: gl.constexpr,
+):  # fmt: skip
+    """After all steps: the last gradients leave; the gradient of the initial state."""
+    for g in gl.static_range(4):
+        gl.store(p_d + g * H, s_old[g].load(leave), mask=m_d)
+    return b_dh + in_order(multiply(weights, s_old[1], s_old[2], s_old[0], U, N, num_warps, right, True), U, N, num_warps)
 
 
 @gluon.jit
@@ -299,27 +309,24 @@ def all_steps(
     if p_dhn is not None:
         b_dh = gl.load(p_dhn + (o_b * H + o_u), mask=m, other=0.0).to(gl.float32)
 
-    # Steps come in fours, those that are too many before the first.
-    first = -((4 - T % 4) % 4)
-
     # Vectors from global memory: [batch, units] and [gate and batch, units].
     o_cu = gl.expand_dims(gl.arange(0, U, gl.SliceLayout(0, copy)), 0)
     o_cb = i_b * N + gl.expand_dims(gl.arange(0, N, gl.SliceLayout(1, copy)), 1)
     m_h = (o_cu < H) & (o_cb < B)
     p_h0 += o_cb * H + o_cu
-    p_h += o_cb * ROW_H + o_cu + first * strides[1]
+    p_h += o_cb * ROW_H + o_cu
     if COPIES_Y:
-        p_y += o_cb * ROW_H + o_cu + first * strides[1]
+        p_y += o_cb * ROW_H + o_cu
     o_cr = gl.expand_dims(gl.arange(0, 4 * N, gl.SliceLayout(1, copy)), 1)
     o_cb = i_b * N + o_cr % N
     m_g = (o_cu < H) & (o_cb < B)
-    p_g += o_cb * (4 * H) + (o_cr // N * H + o_cu) + first * strides[0]
+    p_g += o_cb * (4 * H) + (o_cr // N * H + o_cu)
 
     # Vectors to global memory, and what another program makes.
     o_lu = gl.expand_dims(gl.arange(0, U, gl.SliceLayout(0, leave)), 0)
     o_lb = i_b * N + gl.expand_dims(gl.arange(0, N, gl.SliceLayout(1, leave)), 1)
     m_d = (o_lu < H) & (o_lb < B)
-    p_d += o_lb * (4 * H) + o_lu + (first - 1) * strides[0]  # they leave a step late
+    p_d += o_lb * (4 * H) + o_lu - strides[0]  # they leave a step late
 
     s_even = allocate_gradients(dtype, U, N, shared)
     s_odd = allocate_gradients(dtype, U, N, shared)
@@ -332,9 +339,7 @@ def all_steps(
     for g in gl.static_range(3):
         s_even[g].store(gl.zeros([N, U], dtype, copy))
     for i in gl.static_range(4 if EARLY else 3):
-        t = first + i
-        there = (t >= 0) & (t < T)
-        fetch(s_steps[i], p_g, gl.where(t + 1 == T, p_h0, p_h), p_y, m_g & there, m_h & there, COPIES_Y)
+        fetch(s_steps[i], p_g, gl.where(i + 1 == T, p_h0, p_h), p_y, m_g & (i < T), m_h & (i < T), COPIES_Y)
         p_g += strides[0]
         p_h += strides[1]
         if COPIES_Y:
@@ -344,7 +349,7 @@ def all_steps(
         p_y += gl.minimum(o_lb, B - 1) * (4 * H) + gl.where(o_lu < H, o_lu, o_lu % LENGTH)
         for i in gl.static_range(2):
             s_steps[i][2].store(receive(request(p_y, 1, LENGTH), p_y, p_error, 1, LENGTH, TIMEOUT))
-            p_y += gl.where((first + i >= 0) & (first + (i + 1) < T), strides[0], 0)
+            p_y += gl.where(i + 1 < T, strides[0], 0)
         b_y = request(p_y, 1, LENGTH)
     b_taken = ()
     if EARLY:
@@ -353,19 +358,26 @@ def all_steps(
         b_taken = take(s_0, N, gates, HAS_Y)
 
     carried = (b_dh, b_y, b_taken, (b_sum, b_sum, b_sum, b_sum))
-    for t in range(first, T, 4):
+    fours = T // 4 * 4
+    for t in range(0, fours, 4):
         for i in gl.static_range(4):
             p_g, p_h, p_y, p_d, carried = step(
                 i, t + i, T, p_g, p_h, p_h0, p_y, p_d, p_error, strides, m_g, m_h, m_d, m, weights, s_gradients, s_steps,
                 carried, H, U, N, num_warps, right, leave, LENGTH, EARLY, COPIES_Y, ABOVE, TIMEOUT,
             )  # fmt: skip
+    for i in gl.static_range(3):
+        if fours + i < T:
+            p_g, p_h, p_y, p_d, carried = step(
+                i, fours + i, T, p_g, p_h, p_h0, p_y, p_d, p_error, strides, m_g, m_h, m_d, m, weights, s_gradients, s_steps,
+                carried, H, U, N, num_warps, right, leave, LENGTH, EARLY, COPIES_Y, ABOVE, TIMEOUT,
+            )  # fmt: skip
     async_copy.wait_group(0)
     barrier()
     b_dh, b_y, b_taken, sums = carried
-    for g in gl.static_range(4):
-        gl.store(p_d + g * H, s_even[g].load(leave), mask=m_d)
-    b_product = multiply(weights, s_even[1], s_even[2], s_even[0], U, N, num_warps, right, True)
-    b_dh += in_order(b_product, U, N, num_warps)
+    if T % 2 == 0:
+        b_dh = finish(s_even, b_dh, p_d, m_d, weights, H, U, N, num_warps, right, leave)
+    else:
+        b_dh = finish(s_odd, b_dh, p_d, m_d, weights, H, U, N, num_warps, right, leave)
     # these addresses are made only now, for they would hold registers
     p_dhx += l * (gl.cast(B, gl.int64) * H)
     p_sums += (l * ((B + N - 1) // N) + i_b) * (4 * H)
@@ -396,15 +408,15 @@ def project_step(
     H: gl.constexpr, U: gl.constexpr, N: gl.constexpr, num_warps: gl.constexpr,
     right: gl.constexpr, leave: gl.constexpr, LENGTH: gl.constexpr, MASKED: gl.constexpr, TIMEOUT: gl.constexpr,
 ):  # fmt: skip
-    """Step t: its dy to shared memory, that of the step before from there.  What a step t < 0 makes is not used."""
+    """Step t: its dy to shared memory, that of the step before from there."""
     b_d, b_mask = carried
     s_d.store(receive(b_d, p_d, p_error, 4, LENGTH, TIMEOUT))
-    p_d += gl.where((t >= 0) & (t + 1 < T), strides[0], 0)
+    p_d += gl.where(t + 1 < T, strides[0], 0)
     b_d = request(p_d, 4, LENGTH)
     b_next = b_mask
     if MASKED:
         b_next = gl.load(p_mask, mask=m, other=0.0)
-        p_mask += gl.where(t >= 0, strides[1], 0)
+        p_mask += strides[1]
     barrier()
     s_r = s_d.slice(N, N)
     b_y = multiply(weights, s_r, s_d.slice(2 * N, N), s_d.slice(3 * N, N), U, N, num_warps, right, False)
@@ -436,7 +448,7 @@ def project(
     m = (o_u < H) & (o_b < B)
     # rows beyond B read the last, vectors beyond H the first: a row that is not finite there is not finite anyway
     p_d += gl.minimum(i_b * N + o_r % N, B - 1) * (4 * H) + (o_r // N * H + gl.where(o_u < H, o_u, o_u % LENGTH))
-    p_y += o_b * (4 * H) + o_u - (1 + T % 2) * strides[0]  # it leaves a step late
+    p_y += o_b * (4 * H) + o_u - strides[0]  # it leaves a step late
     if MASKED:
         p_mask += o_b * H + o_u
     s_d0 = gl.allocate_shared_memory(dtype, [4 * N, U], shared)
@@ -446,14 +458,22 @@ def project(
     s_ds = (s_d0, s_d1)
     s_ys = (s_y0, s_y1)
     carried = (request(p_d, 4, LENGTH), gl.zeros([N, U], dtype, leave))
-    for t in range(-(T % 2), T, 2):
+    for t in range(0, T // 2 * 2, 2):
         for i in gl.static_range(2):
             p_d, p_mask, p_y, carried = project_step(
                 s_ds[i], s_ys[i], s_ys[1 - i], t + i, T, p_d, p_mask, p_y, p_error, strides, m, weights, carried,
                 H, U, N, num_warps, right, leave, LENGTH, MASKED, TIMEOUT,
             )  # fmt: skip
+    if T % 2 == 1:
+        p_d, p_mask, p_y, carried = project_step(
+            s_d0, s_y0, s_y1, T - 1, T, p_d, p_mask, p_y, p_error, strides, m, weights, carried,
+            H, U, N, num_warps, right, leave, LENGTH, MASKED, TIMEOUT,
+        )  # fmt: skip
     barrier()
-    hand_on(p_y, s_y1, carried[1], m, leave, MASKED)
+    if T % 2 == 1:
+        hand_on(p_y, s_y0, carried[1], m, leave, MASKED)
+    else:
+        hand_on(p_y, s_y1, carried[1], m, leave, MASKED)
 
 
 # ---- kernel -----------------------------------------------------------------------------------------------------------------
@@ -500,9 +520,9 @@ def resident_backward_kernel(
     strides = (sign * B * (4 * H), sign * B * ROW_H)
     if STACK and l >= LANES:
         o_d = ((l - LANES) * steps + last) * (4 * H)
-        p_mask = p_masks
+        p_mask = p_d_gates  # not used
         if p_masks is not None:
-            p_mask += ((l - LANES) * steps + last) * H
+            p_mask = p_masks + ((l - LANES) * steps + last) * H
         project(
             p_d_gates + (o_d + steps * (4 * H)), select(p_w_ih, l - LANES), p_mask, p_d_gates + o_d, p_error,
             strides, i_b, T, B, H, U, N, num_warps, p_masks is not None, TIMEOUT,
@@ -517,9 +537,9 @@ def resident_backward_kernel(
         if STACK:
             p_h = gl.where(l == LANES - 1, p_out, p_below + l * (steps * H))
         p_h += o_h + strides[1]
-        p_y = p_dy
+        p_y = p_d  # not used
         if p_dy is not None:
-            p_y += o_h
+            p_y = p_dy + o_h
         p_last = p_dhn
         if p_dhn is not None:
             p_last += l * (rows * H)
