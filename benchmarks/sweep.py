@@ -2,7 +2,7 @@
 
     python benchmarks/sweep.py --json docs/results/sweep-h200.json
     python benchmarks/sweep.py --hidden 20,50,100,200,300,500 --steps 16,100    # some of these: padded-h200.txt
-    python benchmarks/sweep.py --train --json docs/results/sweep-train-h200.json
+    python benchmarks/sweep.py --train --steps 4,8,16,100 --json docs/results/sweep-train-h100.json
 
 Forward, or with --train forward and backward on a part of the grid; inputs = H, float32 with TF32 allowed and float16. Each
 result is compared with float64 beside cuDNN's. The rows decide what `planner/plan.py` gives to these kernels; a test holds it

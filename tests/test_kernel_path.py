@@ -15,7 +15,7 @@ from problems import assert_same, cell_args, gru_args
 
 from torch_gru_fuse import check_errors, equations, torch_hooks
 from torch_gru_fuse.kernels import launch
-from torch_gru_fuse.ops import cudnn_path, kernel_path, schemas, support, timeouts, whole_backward, whole_path
+from torch_gru_fuse.ops import cudnn_path, kernel_backward, kernel_path, schemas, support, timeouts, whole_backward, whole_path
 from torch_gru_fuse.ops.call import GRUCall
 from torch_gru_fuse.ops.schemas import reserve_size
 from torch_gru_fuse.planner.gpus import gpu_named
@@ -26,18 +26,24 @@ from torch_gru_fuse.planner.whole_sequence import ResidentPlan, StagedPlan, Wave
 TILE = Tile(16, 16, 16, 1, 1)
 kernels = interpreted.load()
 prepare = interpreted.load("kernels.prepare")
+parameter_gradients = interpreted.load("kernels.parameter_gradients")
 
 
 @pytest.fixture
 def kernels_on_cpu(monkeypatch):
     """CPU tensors take the path of CUDA tensors, with interpreted kernels."""
-    for name in ("sequence_forward", "sequence_backward", "cell_forward", "cell_gates", "cell_backward"):
+    monkeypatch.setattr(kernel_backward, "sequence_backward", kernels.sequence_backward)
+    for name in ("sequence_forward", "cell_forward", "cell_gates", "cell_backward"):
         monkeypatch.setattr(kernel_path, name, getattr(kernels, name))
     cuda_size = reserve_size
     monkeypatch.setattr(schemas, "reserve_size", lambda *a, cuda, bytes_each: cuda_size(*a, cuda=True, bytes_each=bytes_each))
     monkeypatch.setattr(support, "why_not_kernels", lambda tensor: None)
     monkeypatch.setattr(kernel_path, "why_not_kernels", lambda tensor: None)
     monkeypatch.setattr(kernel_path, "gpu_of", lambda index: gpu_named("rtx4090"))
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: 0))
+    for module in (whole_path, whole_backward, kernel_backward):
+        monkeypatch.setattr(module, "driver", driver)
+    monkeypatch.setattr(launch, "launcher", emulated_launcher)
     monkeypatch.setattr(kernel_path, "_plans", {})
     monkeypatch.setattr(kernel_path, "_warmed", set())
     monkeypatch.setattr(kernel_path, "_input_projection", lambda rows, weight, out: torch.mm(rows, weight.t(), out=out))
@@ -187,6 +193,12 @@ def emulated_launcher(kernel, device, constants, types):
         a |= {"p_error": at(a["p_error"], 4), "p_host": at(a["p_host"], 1)}
         prepare.prepare_kernel[grid](**a)
 
+    def run_parameter_gradients(grid, a):
+        H, programs = a["H"], a["PROGRAMS"]
+        sizes = {"p_sums": programs * 4 * H, "p_rotated": 3 * H * H, "p_w": 3 * H * H, "p_b_ih": 3 * H, "p_b_hh": 3 * H}
+        a |= {name: a[name] and tuple(at(p, size) for p in a[name]) for name, size in sizes.items()}
+        parameter_gradients.parameter_gradients_kernel[grid](**a)
+
     def run(grid, stream, values, aligned):
         assert len(values) == len(types)
         pointers = (launch.Launcher._pointer(v, t) for v, t in zip(values, types, strict=True))
@@ -194,6 +206,8 @@ def emulated_launcher(kernel, device, constants, types):
         name = kernel.fn.__name__
         if name == "prepare_kernel":
             run_prepare(grid, arguments)
+        elif name == "parameter_gradients_kernel":
+            run_parameter_gradients(grid, arguments)
         else:
             module = getattr(emulated.EMULATED, name.removesuffix("_kernel"))
             with emulated.one_thread():
@@ -205,14 +219,11 @@ def emulated_launcher(kernel, device, constants, types):
 @pytest.fixture
 def whole_on_cpu(kernels_on_cpu, monkeypatch):
     """Kernels for whole sequences, too; yields what stands for the word that the GPU writes to."""
-    stream = SimpleNamespace(get_current_stream=lambda device: 0)
     for module in (whole_path, whole_backward):
-        monkeypatch.setattr(module, "driver", SimpleNamespace(active=stream))
         module._recipes.clear()
-    monkeypatch.setattr(whole_path.launch, "launcher", emulated_launcher)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(kernel_path, "_refused", {})
-    monkeypatch.setattr(kernel_path, "_refused_backward", {})
+    monkeypatch.setattr(kernel_backward, "_refused", {})
     word = torch.zeros(1, dtype=torch.int32)
     monkeypatch.setitem(timeouts._words, -1, timeouts._Word(word, ctypes.c_int32.from_address(word.data_ptr())))
     yield word
@@ -300,13 +311,13 @@ def test_backward_of_whole_sequences(whole_on_cpu, monkeypatch, variant, backwar
 
 
 def test_backward_that_does_not_fit_takes_a_launch_a_step(whole_on_cpu, monkeypatch, caplog):
-    def refusing(*args):
+    def refusing(kernel, *args):
         def run(*_):
             raise launch.DoesNotFit("too many blocks in cooperative launch")
 
-        return run
+        return emulated_launcher(kernel, *args) if "parameter" in kernel.fn.__name__ else run
 
-    monkeypatch.setattr(whole_path.launch, "launcher", refusing)
+    monkeypatch.setattr(launch, "launcher", refusing)
     plan(monkeypatch, "step", backward=WholeSequencePlan(2, SPREAD))
     call = whole_call({"L": 2, "H": 32})
     grads = torch.randn(5, 3, 32), None
@@ -357,7 +368,7 @@ def test_tensors_need_not_be_aligned(whole_on_cpu, monkeypatch):
     expected, expected_grads = reference(*call[:6], None, grads)
     assert_same([output, h_n], expected, 2e-3)
     assert_same(gradients, expected_grads, 4e-3)
-    assert launched == [True] * 4
+    assert launched == [True] * 5  # two each, and gradients of parameters
 
 
 def test_inf_does_not_spread_through_padding(whole_on_cpu, monkeypatch):
@@ -428,14 +439,14 @@ def test_launch_that_does_not_fit(whole_on_cpu, monkeypatch, caplog, save, cudnn
     """Fewer programs on the GPU than planned: another kernel runs, now and from then on, and that is said once."""
     tried = []
 
-    def refusing(*args):
+    def refusing(kernel, *args):
         def run(grid, *rest):
             tried.append(grid)
             raise launch.DoesNotFit("too many blocks in cooperative launch")
 
-        return run
+        return emulated_launcher(kernel, *args) if "parameter" in kernel.fn.__name__ else run
 
-    monkeypatch.setattr(whole_path.launch, "launcher", refusing)
+    monkeypatch.setattr(launch, "launcher", refusing)
     monkeypatch.setattr(torch_hooks, "cudnn_runs", lambda tensor: cudnn)
     whole = WholeSequencePlan(2, SPREAD)
     plan(monkeypatch, "whole", whole=whole)

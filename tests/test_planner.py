@@ -99,7 +99,8 @@ def test_training_takes_a_plan_for_the_backward(choose):
         plan = gru(gpu=H200, training=True, **options)
         assert plan.kernel == "whole" and plan.backward is not None and plan.backward_tile is not None
         assert gru(gpu=H200, **options).backward is None
-    assert gru(T=15, gpu=H200, training=True).kernel == "torch"  # not measured
+    assert gru(T=4, gpu=H200, training=True).kernel == "whole"
+    assert gru(T=3, gpu=H200, training=True).kernel == "torch"  # not measured
     assert gru(H=250, gpu=H200, training=True).kernel == "torch"  # no plan for padded units
     assert gru(T=64, B=16, I=1024, H=4096, L=1, gpu=H200, training=True).kernel == "step"
     choose("step")

@@ -7,20 +7,31 @@ emulated and interpreted kernels.
 import ctypes
 import logging
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import interpreted
 import pytest
 import torch
 from problems import assert_same, count_calls, gru_args, ops
-from test_kernel_path import emulated_launcher
+from test_kernel_path import emulated_launcher, reference
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from torch_gru_fuse import torch_hooks
 from torch_gru_fuse.kernels import launch, stream
-from torch_gru_fuse.ops import dispatch, kernel_path, ready_calls, ready_launches, timeouts, torch_path, whole_path
+from torch_gru_fuse.ops import (
+    dispatch,
+    kernel_backward,
+    kernel_path,
+    ready_calls,
+    ready_launches,
+    timeouts,
+    torch_path,
+    whole_backward,
+    whole_path,
+)  # fmt: skip
 from torch_gru_fuse.ops.call import GRUCall
 from torch_gru_fuse.planner.plan import Plan
 from torch_gru_fuse.planner.stream import StreamPlan
@@ -56,11 +67,11 @@ def ways(monkeypatch):
 
         return run
 
-    original = torch_path.gru_forward
+    ways.forward = torch_path.gru_forward
 
     def ordinary(call, save):
         ways.taken.append("ordinary")
-        return original(call, save)
+        return ways.forward(call, save)
 
     monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
@@ -227,15 +238,149 @@ def test_cpu_tensors_take_the_ordinary_way(ways, monkeypatch):
         check(ways, gru_args(), ORDINARY)
 
 
-def test_gradients(ways):
-    args = gru_args()
-    check(ways, args, FIRST)
+@pytest.fixture
+def training_ways(ways, monkeypatch):
+    """Calls with gradients, too, whose backward says which way it took."""
+
+    def forward(call):
+        def run(x, hx, params):
+            ways.taken.append("ready")
+            return ways.forward(call._replace(input=x, hx=hx, params=params), True)
+
+        return run
+
+    def backward(way):
+        def run(*args):
+            ways.taken.append(way)
+            return torch_path.gru_backward(*args)
+
+        return run
+
+    def training_of(call):
+        ways.taken.append("looked at")
+        return ready_launches.Training(forward(call), backward("ready backward"))
+
+    def through_the_dispatcher(grad_output, grad_h_n, *args):
+        *call, output, reserve, needs = args
+        return backward("ordinary backward")(GRUCall(*call), grad_output, grad_h_n, output, reserve, needs)
+
+    monkeypatch.setattr(ready_launches, "training_of", training_of)
+    monkeypatch.setitem(dispatch._on_cuda, "gru_backward", through_the_dispatcher)
     with torch.enable_grad():
-        way, (output, _) = ways.of(lambda: ops.gru(*args))
-        assert way == ORDINARY and output.requires_grad
+        yield ways
+
+
+def leaves(args):
+    return [t for t in (args[0], args[1], *args[2]) if t.requires_grad]
+
+
+TRAINED = ["ready", "ready backward"]
+
+
+def check_gradients(ways, args, expected_way, outputs=(0, 1)):
+    """Forward and backward take the way, and give what `torch.gru` does."""
+
+    def results_and_gradients(gru):
+        results = gru(*args)
+        return results, torch.autograd.grad([results[i].sin().sum() for i in outputs], leaves(args), allow_unused=True)
+
+    way, (results, grads) = ways.of(lambda: results_and_gradients(ops.gru))
+    assert way == expected_way
+    expected, expected_grads = results_and_gradients(torch.gru)
+    assert_same(results, expected, 1e-6)
+    assert_same(grads, expected_grads, 2e-6)
+
+
+@pytest.mark.parametrize("variant", [{"L": 1}, {"L": 2, "bidirectional": True, "batch_first": True}, {"bias": False}])
+@pytest.mark.parametrize("outputs", [(0, 1), (0,), (1,)])
+def test_training_is_ready(training_ways, variant, outputs):
+    args = gru_args(**variant)
+    check_gradients(training_ways, args, ["looked at", *TRAINED], outputs)
+    check_gradients(training_ways, args, TRAINED, outputs)
+
+
+def test_other_needs_are_looked_at(training_ways):
+    args = gru_args()
+    check_gradients(training_ways, args, ["looked at", *TRAINED])
+    for i, frozen in enumerate((args[0], args[2][1], args[2][-1])):
+        frozen.requires_grad_(False)
+        check_gradients(training_ways, args, ["looked at", *TRAINED] if i < 3 else TRAINED)
+        check_gradients(training_ways, args, TRAINED)
+    with torch.no_grad():
+        check(training_ways, args, FIRST)
+    check_gradients(training_ways, args, TRAINED)
+
+
+def test_a_graph_that_is_kept(training_ways):
+    args = gru_args()
+    output, _ = ops.gru(*args)
+    first = torch.autograd.grad(output.sum(), leaves(args), retain_graph=True)
+    assert_same(torch.autograd.grad(output.sum(), leaves(args)), first, 0)
+
+
+def test_gradients_of_gradients_are_ordinary(training_ways):
+    """They are looked for with gradients enabled, and the op differentiates its backward."""
+    args = tuple(t.double().detach().requires_grad_() if isinstance(t, torch.Tensor) else t for t in gru_args(T=2, B=2, L=1))
+    args = (*args[:2], [p.double().detach().requires_grad_() for p in args[2]], *args[3:])
+    check_gradients(training_ways, args, ["looked at", *TRAINED])
+
+    def penalty(gru):
+        output, _ = gru(*args)
+        grads = torch.autograd.grad(output.sin().sum(), leaves(args), create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), leaves(args))
+
+    way, found = training_ways.of(lambda: penalty(ops.gru))
+    assert way == ["ready", "ordinary", "ordinary backward", "ready backward"]  # the last for what the penalty is a function of
+    assert_same(found, penalty(torch.gru), 1e-6)
+
+
+def test_many_gradients_of_one_forward_are_ordinary(training_ways):
+    """`is_grads_batched`: the gradients are samples of a vmap, which no launch knows."""
+    args = gru_args(L=1, T=2, B=1)
+    output, _ = ops.gru(*args)
+    rows = torch.eye(output.numel()).view(-1, *output.shape)
+    batched = {"is_grads_batched": True, "retain_graph": True}
+    way, found = training_ways.of(lambda: torch.autograd.grad(output, leaves(args), rows, **batched))
+    assert "ready backward" not in way
+    each = [torch.autograd.grad(output, leaves(args), row, retain_graph=True) for row in rows]
+    assert_same(found, [torch.stack(grads) for grads in zip(*each, strict=True)], 1e-6)
+
+
+def test_saved_tensors_may_be_moved(training_ways):
+    """Hooks on what is saved see all of it, and the backward gets what they return."""
+    args, packed = gru_args(), []
+
+    def pack(tensor):
+        packed.append(tensor)
+        return tensor.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        check_gradients(training_ways, args, ["looked at", *TRAINED])
+    assert len(packed) >= 4 + len(args[2])
+
+
+def test_what_is_saved_must_not_change(training_ways):
+    args = gru_args()
+    output, _ = ops.gru(*args)
+    with torch.no_grad():
+        args[2][0].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
-        assert all(t.grad is not None for t in (args[0], args[1], *args[2]))
-    check(ways, args, AGAIN)
+
+
+def test_training_that_may_fail(training_ways, monkeypatch):
+    """Addresses or a GPU that do not do: the call and its backward take the ordinary way."""
+    refusing = ready_launches.Training(lambda *_: None, None)
+    monkeypatch.setattr(ready_launches, "training_of", lambda call: refusing)
+    for _ in range(2):
+        check_gradients(training_ways, gru_args(), ["ordinary", "ordinary backward"])
+
+
+def test_recomputing_is_ordinary(training_ways):
+    args = gru_args()
+    check_gradients(training_ways, args, ["looked at", *TRAINED])
+    way, (output, _) = training_ways.of(lambda: ops.gru(*args, recompute=True))
+    assert "ready" not in way and output.requires_grad
 
 
 def test_inference_mode(ways):
@@ -268,10 +413,16 @@ def test_autocast(ways):
         assert way == FIRST  # autocast has not had its turn
 
 
-def test_cuda_autocast_that_has_not_had_its_turn(ways, monkeypatch):
+def test_cuda_autocast_that_has_not_had_its_turn(ways):
     """`gru_forward` called by itself: products inside are not for autocast, which the ordinary way sees to."""
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
-    assert ready_calls.results(*gru_args()[:5], False, False) is None and not ways.taken
+    args = gru_args(requires_grad=False)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert ready_calls.results(*args[:5], False, False) is None and not ways.taken
+        with torch_hooks.below_autocast("cuda"):
+            assert ready_calls.results(*args[:5], False, False) is not None and ways.taken == FIRST
+    finally:
+        torch.set_autocast_enabled("cuda", False)
 
 
 def test_vmap(ways):
@@ -548,12 +699,13 @@ def interpreted_launcher(kernel, device, constants, types):
 @pytest.fixture
 def launches_on_cpu(monkeypatch):
     driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: 0))
-    for module in (whole_path, stream):
+    for module in (whole_path, whole_backward, kernel_backward, stream):
         monkeypatch.setattr(module, "driver", driver)
     monkeypatch.setattr(launch, "launcher", emulated_launcher)
     monkeypatch.setattr(stream, "launcher", interpreted_launcher)
     monkeypatch.setattr(torch_hooks, "empty_strided_cuda", torch._C._dynamo.guards._empty_strided_cpu)
     monkeypatch.setattr(whole_path, "_recipes", {})
+    monkeypatch.setattr(whole_backward, "_recipes", {})
     monkeypatch.setattr(stream, "_stacks", {})
     word = torch.zeros(1, dtype=torch.int32)
     monkeypatch.setitem(timeouts._words, -1, timeouts._Word(word, ctypes.c_int32.from_address(word.data_ptr())))
@@ -599,6 +751,31 @@ def test_launches(launches_on_cpu, monkeypatch, plan, variant):
     transposed = torch.empty_like(expected.transpose(0, 1).contiguous()).transpose(0, 1)
     assert output.stride() == (transposed if variant.get("batch_first") else expected).stride()
     assert h_n.is_contiguous()
+
+
+TRAINING_CASES = [case for case in CASES if case.values[0].whole is not None]
+
+
+@pytest.mark.parametrize("plan, variant", TRAINING_CASES)
+def test_launches_of_training(launches_on_cpu, monkeypatch, plan, variant):
+    """Results, what is saved and gradients are those of the ordinary way."""
+    args = gru_args(**variant | {"batch_first": False}, requires_grad=False)
+    plan = replace(plan, backward=plan.whole)
+    monkeypatch.setattr(kernel_path, "plan_of", lambda call, *, training: plan)
+    x, hx, params, bias, L, _, _, bidirectional, _ = args
+    call = GRUCall(x, hx, params, bias, L, bidirectional, None)
+    training = ready_launches.training_of(call)
+    for _ in range(2):
+        output, h_n, reserve = training.forward(x, hx, params)
+        expected, expected_h_n, _ = whole_path.gru_forward(call, True, plan)
+        assert_same([output, h_n], [expected, expected_h_n], 0)
+        grads, needs = (torch.randn_like(output), torch.randn_like(h_n)), [True] * (2 + len(params))
+        if plan.whole.kernel == RESIDENT:  # whose backward of a stack is not planned
+            continue
+        found = training.backward(call, *grads, output, reserve, needs)
+        _, wanted = reference(*call, grads)
+        assert_same(found, wanted, 4e-3)
+    assert training.forward(x, misaligned(hx), params) is None
 
 
 def misaligned(tensor):

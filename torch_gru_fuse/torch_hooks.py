@@ -56,6 +56,27 @@ def nothing_intercepts() -> bool:
     )
 
 
+# Of a tensor: it is not what its memory says, or not one tensor.
+_SPECIAL_KEYS = 0
+for _key in ("Negative", "Conjugate", "Batched", "FuncTorchBatched", "Functionalize", "Python", "ZeroTensor"):
+    _SPECIAL_KEYS |= torch._C.DispatchKeySet(torch._C._parse_dispatch_key(_key)).raw_repr()
+_dispatch_keys = torch._C._dispatch_keys
+
+
+def is_special(tensor: Tensor) -> bool:
+    """Whether the dispatcher would do something before it calls what is registered for the device, gradients apart: a view of
+    a complex tensor whose sign is to be changed, samples of a vmap, a wrapper."""
+    return _dispatch_keys(tensor).raw_repr() & _SPECIAL_KEYS != 0
+
+
+def autocast_is_passed(device_type: str) -> bool:
+    """Whether autocast does nothing to the ops called here: it is off, or an op's autocast kernel has had its turn."""
+    return torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOCAST_DISPATCH_KEYS[device_type])
+
+
+_AUTOCAST_DISPATCH_KEYS = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
+
+
 def call_below(op: Callable[..., Any], *args: Any) -> Any:
     """``op(*args)`` without its autograd kernel, for the `forward` of a `SingleLevelFunction`.
 
@@ -116,10 +137,7 @@ def register_vmap(
     library.impl(name, composite, "Batched")
 
 
-_AUTOCAST_KEYS = {
-    "cpu": torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU),
-    "cuda": torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA),
-}
+_AUTOCAST_KEYS = {device_type: torch._C.DispatchKeySet(key) for device_type, key in _AUTOCAST_DISPATCH_KEYS.items()}
 
 
 def below_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
@@ -199,6 +217,14 @@ class matmul_tf32:  # a context manager by hand: contextlib's takes twice the ti
             _set_fp32_precision("cuda", "matmul", precision)
         finally:
             _precision_lock.release()
+
+
+def products(dtype: torch.dtype, *, tf32: bool) -> contextlib.AbstractContextManager[None]:
+    """PyTorch's matrix products in the precision of a plan; only float32 has a choice."""
+    return matmul_tf32(tf32) if dtype == torch.float32 else _as_they_are
+
+
+_as_they_are = contextlib.nullcontext()
 
 
 # ---------------------------------------------------------------------------------------
@@ -292,8 +318,8 @@ def cudnn_gru_forward(
 def cudnn_gru_backward(
     grad_output: Tensor | None, grad_h_n: Tensor | None, x: Tensor, hx: Tensor, params: list[Tensor], has_biases: bool,
     layers: int, bidirectional: bool, output: Tensor, reserve: Tensor, *, need_weights: bool,
-) -> tuple[Tensor, Tensor, list[Tensor | None]]:  # fmt: skip
-    """Gradients of x, hx and params; writes into `reserve`."""
+) -> tuple[Tensor, Tensor, list[Tensor] | None]:  # fmt: skip
+    """Gradients of x, hx and params; writes into `reserve`.  Those of params are views of one buffer."""
     buffer = _cudnn_weight_buffer(x, hx, params, has_biases, layers, bidirectional)
     d_x, d_hx, _, d_params = torch.ops.aten._cudnn_rnn_backward(
         x.contiguous(), params, 4 if has_biases else 2, buffer, hx.contiguous(), None, output.contiguous(),
@@ -301,12 +327,19 @@ def cudnn_gru_backward(
         None if grad_h_n is None else grad_h_n.contiguous(), None, _CUDNN_GRU, hx.shape[2], 0, layers, False, 0.0, True,
         bidirectional, [], None, reserve, [True, True, False, need_weights],
     )  # fmt: skip
-    if not need_weights:
-        return d_x, d_hx, [None] * len(params)
-    # cuDNN's weight gradients are views of one buffer; outputs of an op must not share memory.  One launch copies all of them.
-    own = [torch.empty_like(d) for d in d_params]
-    torch._foreach_copy_(own, d_params)
-    return d_x, d_hx, own
+    return d_x, d_hx, d_params if need_weights else None
+
+
+def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies, made by one launch: outputs of an op must not share memory."""
+    own = [torch.empty_like(t) for t in tensors]
+    torch._foreach_copy_(own, list(tensors))
+    return own
+
+
+def graph_is_freed() -> bool:
+    """Whether the backward that runs in this thread frees what was saved for it."""
+    return torch._C._current_graph_task_id() != -1 and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 # ---------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from . import (
     cell,
+    parameter_gradients,
     prepare,
     resident,
     resident_backward,
@@ -302,6 +303,20 @@ def compile_prepare(
         new(4, dtype=torch.int64), reverse=reverse,
     )  # fmt: skip
     return compile_launch(prepare.prepare_kernel, arguments, capability=capability)
+
+
+def compile_parameter_gradients(
+    dtype: torch.dtype, *, lanes: int, hidden: int, rotated: bool = True, biases: bool = True, capability: int = 89
+) -> Resources:
+    """`parameter_gradients_kernel`; rotated, biases: what it has to do."""
+    new = functools.partial(torch.empty, device="meta", dtype=dtype)
+    weights = (new(3 * hidden, hidden),) * lanes if rotated else None
+    sums, vectors = (new(5, 4, hidden, dtype=torch.float32), new(3 * hidden)) if biases else (None, None)
+    each = {"p_sums": sums, "p_b_ih": vectors, "p_b_hh": vectors}
+    arguments = {name: tensor if tensor is None else (tensor,) * lanes for name, tensor in each.items()}
+    arguments |= {"p_rotated": weights, "p_w": weights, "PROGRAMS": 5}
+    arguments |= parameter_gradients.parameter_gradients_constants(lanes=lanes, hidden=hidden)
+    return compile_launch(parameter_gradients.parameter_gradients_kernel, arguments, capability=capability)
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:

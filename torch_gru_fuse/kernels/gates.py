@@ -14,6 +14,15 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
+def add_up(b_x, axis: tl.constexpr):
+    """The sum along an axis."""
+    if INTERPRETED:  # by numpy; `tl.sum` stays compiled code there
+        return tl.reduce(b_x, axis, tl.standard._sum_combine)
+    else:
+        return tl.sum(b_x, axis)
+
+
+@triton.jit
 def sigmoid(b_x):
     """1 / (1 + e^-x).  e^-x overflows to inf for very negative x, which gives the right 0; NaN stays NaN."""
     return 1.0 / (1.0 + tl.exp(-b_x))

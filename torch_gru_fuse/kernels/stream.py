@@ -38,7 +38,7 @@ import triton
 import triton.language as tl
 from triton.runtime import driver
 
-from .gates import INTERPRETED, gru_gates
+from .gates import INTERPRETED, add_up, gru_gates
 from .launch import launcher
 
 if TYPE_CHECKING:
@@ -74,15 +74,6 @@ def load_rows(p, o_b, o_k, K: tl.constexpr, WHOLE: tl.constexpr, SPREAD: tl.cons
         return tl.load(p + o)
     else:
         return tl.load(p + o, o_k < K, 0.0)
-
-
-@triton.jit
-def add_up(b_x, axis: tl.constexpr):
-    """The sum along an axis."""
-    if INTERPRETED:  # by numpy; `tl.sum` stays compiled code there
-        return tl.reduce(b_x, axis, tl.standard._sum_combine)
-    else:
-        return tl.sum(b_x, axis)
 
 
 @triton.jit

@@ -62,6 +62,11 @@ class GRUCall(NamedTuple):
         w_ih, w_hh, *biases = self.params[self.places(state)]
         return w_ih, w_hh, *(biases or (None, None))
 
+    def layer_parameters(self, layer: int) -> tuple[list[Tensor] | None, ...]:
+        """w_ih, w_hh, b_ih, b_hh of a layer, each a list with one tensor a direction, or None for absent biases."""
+        states = [self.parameters(layer * self.D + d) for d in range(self.D)]
+        return tuple(None if kind[0] is None else list(kind) for kind in zip(*states, strict=True))
+
     def mask(self, x: Tensor, layer: int) -> Tensor:
         """What `layer` hands to the next, or the gradient of that: x with dropout."""
         return x if self.dropout_masks is None else x * self.dropout_masks[layer]

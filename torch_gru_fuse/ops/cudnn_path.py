@@ -26,11 +26,11 @@ class _Stack(NamedTuple):
     reserve: Tensor  # the bytes that it may fill
 
 
-def _stacks(call: GRUCall, reserve: Tensor) -> tuple[Tensor, list[_Stack]]:
-    """The outputs of the inner layers [L-1, T, B, D*H], kept where layers are separate, and the calls of cuDNN."""
-    layer_outputs, rest = split_reserve(reserve, call.T, call.B, call.H, call.L, call.D)
+def _stacks(call: GRUCall, reserve: Tensor) -> tuple[Tensor | None, list[_Stack]]:
+    """The outputs of the inner layers [L-1, T, B, D*H], where layers are separate, and the calls of cuDNN."""
     if call.dropout_masks is None:  # one call, which keeps the outputs of inner layers itself
-        return layer_outputs, [_Stack(0, call.L, reserve.view(torch.uint8))]
+        return None, [_Stack(0, call.L, reserve.view(torch.uint8))]
+    layer_outputs, rest = split_reserve(reserve, call.T, call.B, call.H, call.L, call.D)
     data = rest.view(torch.uint8)
     size = data.numel() // call.L // 16 * 16
     return layer_outputs, [_Stack(i, 1, data[i * size : (i + 1) * size]) for i in range(call.L)]
@@ -40,28 +40,37 @@ def gru_forward(call: GRUCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     assert save
     output, h_n, reserve = call.empty_results(save)
     layer_outputs, stacks = _stacks(call, reserve)
-    whole = len(stacks) == 1
+    if layer_outputs is None:
+        output, h_n, own = gru_forward_own_reserve(call)
+        _keep(own, stacks[0].reserve)
+        return output, h_n, reserve
     x = call.input
-    for first, layers, chunk in stacks:
-        states = call.states(first, layers)
-        params = call.params[call.places(states.start, layers * call.D)]
-        result = torch_hooks.cudnn_gru_forward(x, call.hx[states], params, call.has_biases, layers, call.bidirectional)
-        output = result.output
-        if whole:
-            h_n = result.h_n
-        else:
-            h_n[states] = result.h_n
-        size = result.reserve.numel()
-        if size > chunk.numel():
-            raise RuntimeError(
-                f"torch_gru_fuse.gru: cuDNN {torch.backends.cudnn.version()} asks for {size} bytes of reserve, more than the "
-                f"{chunk.numel()} that are provided; set TORCH_GRU_FUSE_KERNELS=triton and report this"
-            )
-        chunk[:size].copy_(result.reserve)
-        if first + layers < call.L:
-            layer_outputs[first] = output
-            x = call.mask(output, first)
+    for layer, _, chunk in stacks:
+        states = call.states(layer)
+        params = call.params[call.places(states.start, call.D)]
+        result = torch_hooks.cudnn_gru_forward(x, call.hx[states], params, call.has_biases, 1, call.bidirectional)
+        output, h_n[states] = result.output, result.h_n
+        _keep(result.reserve, chunk)
+        if layer + 1 < call.L:
+            layer_outputs[layer] = output
+            x = call.mask(output, layer)
     return output, h_n, reserve
+
+
+def gru_forward_own_reserve(call: GRUCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Without dropout, and with cuDNN's reserve itself, whatever its size is; `gru_backward` takes that, too."""
+    return torch_hooks.cudnn_gru_forward(call.input, call.hx, call.params, call.has_biases, call.L, call.bidirectional)
+
+
+def _keep(reserve: Tensor, room: Tensor) -> None:
+    """Puts cuDNN's reserve into ours."""
+    size = reserve.numel()
+    if size > room.numel():
+        raise RuntimeError(
+            f"torch_gru_fuse.gru: cuDNN {torch.backends.cudnn.version()} asks for {size} bytes of reserve, more than the "
+            f"{room.numel()} that are provided; set TORCH_GRU_FUSE_KERNELS=triton and report this"
+        )
+    room[:size].copy_(reserve)
 
 
 def gru_backward(
@@ -71,23 +80,31 @@ def gru_backward(
     output: Tensor,
     reserve: Tensor,
     needs: list[bool],
+    *,
+    last_use: bool = False,
 ) -> list[Tensor]:
+    """last_use: nobody will want the reserve again, and gradients may share memory as cuDNN makes them: nothing is copied."""
     layer_outputs, stacks = _stacks(call, reserve)
-    grad, grad_hx = grad_output, call.hx.new_empty(call.hx.shape)
+    grad, grad_hx = grad_output, None
     grad_params: list[Tensor | None] = [None] * len(call.params)
     for first, layers, chunk in reversed(stacks):
         states = call.states(first, layers)
         places = call.places(states.start, layers * call.D)
         out = output if first + layers == call.L else layer_outputs[first]
-        grad, d_hx, grad_params[places] = torch_hooks.cudnn_gru_backward(
-            grad, None if grad_h_n is None else grad_h_n[states], call.layer_input(first, layer_outputs), call.hx[states],
-            call.params[places], call.has_biases, layers, call.bidirectional, out,
-            chunk.clone(), need_weights=any(needs[2:][places]),  # cuDNN writes into it
+        x = call.input if layer_outputs is None else call.layer_input(first, layer_outputs)
+        grad, d_hx, d_params = torch_hooks.cudnn_gru_backward(
+            grad, None if grad_h_n is None else grad_h_n[states], x, call.hx[states], call.params[places], call.has_biases,
+            layers, call.bidirectional, out, chunk if last_use else chunk.clone(),  # cuDNN writes into it
+            need_weights=any(needs[2:][places]),
         )  # fmt: skip
-        if len(stacks) == 1:
+        if d_params is not None:
+            grad_params[places] = d_params if last_use else torch_hooks.copies(d_params)
+        if layers == call.L:
             grad_hx = d_hx
         else:
+            grad_hx = call.hx.new_empty(call.hx.shape) if grad_hx is None else grad_hx
             grad_hx[states] = d_hx
         if first > 0:
             grad = call.mask(grad, first - 1)
-    return [g.contiguous() for g, need in zip([grad, grad_hx, *grad_params], needs, strict=True) if need]
+    grads = zip([grad, grad_hx, *grad_params], needs, strict=True)
+    return [g.contiguous() for g, need in grads if need]

@@ -50,7 +50,7 @@ def _implement(device_type: str, path) -> None:
         return path().gru_cell_backward(*args)
 
     for function in (gru_forward, gru_backward, gru_cell_forward, gru_cell_backward):
-        on_device = _on_device(function) if device_type == "CUDA" else function
+        on_device = on_its_device(function) if device_type == "CUDA" else function
         library.impl(function.__name__, on_device, device_type)
         if device_type == "CUDA":
             _on_cuda[function.__name__] = on_device
@@ -60,16 +60,24 @@ _on_cuda: dict[str, Callable[..., Any]] = {}
 PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
-def goes_straight(tensors: Sequence[Tensor | None]) -> bool:
+def goes_straight(tensors: Sequence[Tensor | None], *, gradients: bool = False) -> bool:
     """Whether the dispatcher would do nothing but call the implementation for CUDA: the tensors are plain ones on CUDA, and
-    neither gradients nor a transform, a mode or a tracer ask for more."""
+    neither gradients nor a transform, a mode or a tracer ask for more.
+
+    gradients: whoever asks sees to them.
+    """
     return (
         tensors[0].is_cuda
-        and not torch.is_grad_enabled()
+        and (gradients or not torch.is_grad_enabled())
         and PLAIN.issuperset(map(type, tensors))
         and torch_hooks.nothing_intercepts()
-        and not any(t is not None and t.is_neg() for t in tensors)  # views whose sign is to be changed, of complex numbers
+        and not any(t is not None and torch_hooks.is_special(t) for t in tensors)
     )
+
+
+def on_cuda(name: str) -> Callable[..., Any]:
+    """The implementation for CUDA of an op, without the dispatcher."""
+    return _on_cuda[name]
 
 
 def direct(name: str, tensors: Sequence[Tensor | None]) -> Callable[..., Any]:
@@ -77,7 +85,7 @@ def direct(name: str, tensors: Sequence[Tensor | None]) -> Callable[..., Any]:
     return _on_cuda[name] if goes_straight(tensors) else getattr(ops, name).default
 
 
-def _on_device(function):
+def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
     """Kernels are launched on the current device: make it that of the tensors.  An earlier kernel's error is raised first.
 
     Autocast has had its turn when an op gets here; products inside are not for it.
@@ -90,7 +98,7 @@ def _on_device(function):
         return on_device(*args, **options)
 
     def on_device(*args, **options):
-        first = args[0] if isinstance(args[0], Tensor) else next(a for a in args if isinstance(a, Tensor))
+        first = args[0].input if isinstance(args[0], GRUCall) else next(a for a in args if isinstance(a, Tensor))
         device = first.get_device()
         timeouts.check(device)
         if device == torch.cuda.current_device():

@@ -40,7 +40,7 @@ def gru_composite(
     *,
     recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    if not (train and dropout):
+    if not (train and dropout) and not recompute:
         results = ready_calls.results(input, hx, params, has_biases, num_layers, bidirectional, batch_first)
         if results is not None:
             return results
@@ -86,9 +86,8 @@ class _GRUFunction(torch_hooks.SingleLevelFunction):
             return (None,) * (7 + len(params))
         need_input, need_hx, _, _, _, _, _, *need_params = ctx.needs_input_grad
         needs = [need_input, need_hx, *need_params]
-        grads = iter(ops.gru_backward.default(
-            grad_output, grad_h_n, input, hx, params, *ctx.flags, masks, output, reserve, needs
-        ))
+        gru_backward = dispatch.direct("gru_backward", (input, grad_output, grad_h_n))
+        grads = iter(gru_backward(grad_output, grad_h_n, input, hx, params, *ctx.flags, masks, output, reserve, needs))
         grad_input, grad_hx, *grad_params = (next(grads) if need else None for need in needs)
         return grad_input, grad_hx, None, None, None, None, None, *grad_params
 
@@ -102,7 +101,7 @@ class _GRUFunction(torch_hooks.SingleLevelFunction):
 def _forward_autograd(
     input, hx, params, has_biases, num_layers, bidirectional, dropout_masks, save, *, recompute=False
 ):  # fmt: skip
-    if not save and dropout_masks is None:
+    if not save and dropout_masks is None and not torch.is_grad_enabled():
         results = ready_calls.results(input, hx, params, has_biases, num_layers, bidirectional, False)
         if results is not None:
             return *results, input.new_empty(0)

@@ -11,7 +11,6 @@ copied in between (offloaded, or replayed from a CUDA graph that torch.compile r
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 from dataclasses import replace
@@ -23,9 +22,9 @@ from torch import Tensor
 from torch_gru_fuse import torch_hooks
 from torch_gru_fuse.kernels.cell import cell_backward, cell_forward, cell_gates
 from torch_gru_fuse.kernels.launch import DoesNotFit
-from torch_gru_fuse.kernels.step import sequence_backward, sequence_forward
+from torch_gru_fuse.kernels.step import sequence_forward
 from torch_gru_fuse.kernels.stream import stream_forward
-from torch_gru_fuse.ops import cudnn_path, ready_calls, torch_path, whole_backward, whole_path
+from torch_gru_fuse.ops import cudnn_path, kernel_backward, ready_calls, torch_path, whole_path
 from torch_gru_fuse.ops.call import GRUCall
 from torch_gru_fuse.ops.schemas import empty_cell_results
 from torch_gru_fuse.ops.support import gpu_of, why_not_kernels
@@ -41,8 +40,6 @@ log = logging.getLogger("torch_gru_fuse")
 
 #: Whole-sequence plans that a GPU could not run, although by its description it can: parts of it were taken (MPS, others).
 _refused: dict[tuple[int, WholeSequencePlan], str] = {}
-#: The same of backwards.
-_refused_backward: dict[tuple[int, WholeSequencePlan], str] = {}
 #: Plan and path of the forward that made a reserve.
 _made_by = torch_hooks.StorageTable()
 
@@ -131,17 +128,6 @@ def _refuse(call: GRUCall, plan: Plan, error: DoesNotFit) -> None:
     ready_calls.forget()
 
 
-def _parameters(call: GRUCall, layer: int) -> tuple[list[Tensor] | None, ...]:
-    """w_ih, w_hh, b_ih, b_hh of a layer, each a list with one tensor a direction, or None for absent biases."""
-    states = [call.parameters(layer * call.D + d) for d in range(call.D)]
-    return tuple(None if kind[0] is None else list(kind) for kind in zip(*states, strict=True))
-
-
-def _products(plan: Plan, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
-    """PyTorch's matrix products in the precision of the plan; only float32 has a choice."""
-    return torch_hooks.matmul_tf32(plan.tf32) if dtype == torch.float32 else contextlib.nullcontext()
-
-
 def _input_projection(rows: Tensor, weight: Tensor, out: Tensor) -> None:
     """out = rows @ weight^T, float32 whatever the dtype: rounding it would be one rounding more than cuDNN makes."""
     torch.mm(rows, weight.t(), out_dtype=torch.float32, out=out)
@@ -157,19 +143,20 @@ def gru_forward(call: GRUCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
         return _stream_forward(call, plan)
     if plan.kernel == "whole":
         try:
-            return _remember(whole_path.gru_forward(call, save, plan), save, plan, None)
+            return remember(whole_path.gru_forward(call, save, plan), save, plan, None)
         except DoesNotFit as error:
             _refuse(call, plan, error)
             plan = _instead(call, plan, save)
     if plan.kernel == "torch":
         path = cudnn_path if save and torch_hooks.cudnn_runs(call.input) else torch_path
-        return _remember(path.gru_forward(call, save), save, plan, path)
-    return _remember(_step_forward(call, save, plan), save, plan, None)
+        return remember(path.gru_forward(call, save), save, plan, path)
+    return remember(_step_forward(call, save, plan), save, plan, None)
 
 
-def _remember(
+def remember(
     results: tuple[Tensor, Tensor, Tensor], save: bool, plan: Plan, path: ModuleType | None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Keeps what made the reserve of these results, which are returned."""
     if save:
         _made_by.put(results[2], (plan, path))
     return results
@@ -197,7 +184,7 @@ def _step_forward(call: GRUCall, save: bool, plan: Plan) -> tuple[Tensor, Tensor
 
     x = call.input
     for layer in range(call.L):
-        w_ih, w_hh, b_ih, b_hh = _parameters(call, layer)
+        w_ih, w_hh, b_ih, b_hh = call.layer_parameters(layer)
         last = layer == call.L - 1
         if last:
             out = output
@@ -205,7 +192,7 @@ def _step_forward(call: GRUCall, save: bool, plan: Plan) -> tuple[Tensor, Tensor
             out = layer_outputs[layer] if save else torch.empty_like(output)
         gi = x.new_empty(D, T, B, 3 * H, dtype=torch.float32)
         rows = x.reshape(T * B, x.shape[2])
-        with _products(plan, x.dtype):
+        with torch_hooks.products(x.dtype, tf32=plan.tf32):
             for d in range(D):
                 _input_projection(rows, w_ih[d], gi[d].view(T * B, 3 * H))
         sequence_forward(
@@ -228,8 +215,7 @@ def gru_backward(
     reserve: Tensor,
     needs: list[bool],
 ) -> list[Tensor]:
-    T, B, H, D = call.T, call.B, call.H, call.D
-    if B == 0:
+    if call.B == 0:
         return [t.new_zeros(t.shape) for t, need in zip(call.tensors, needs, strict=True) if need]
     made_by = _made_by.get(reserve)
     if made_by is not None:
@@ -241,108 +227,7 @@ def gru_backward(
             path = cudnn_path if torch_hooks.cudnn_runs(call.input) else torch_path
     if path is not None:
         return path.gru_backward(call, grad_output, grad_h_n, output, reserve, needs)
-    layer_outputs, gates = call.saved_gates(reserve)
-    need_input, _, *need_params = needs
-    d_gates = torch.empty_like(gates)
-    grad_hx = call.hx.new_empty(call.hx.shape)
-    grad_params: list[Tensor | None] = [None] * len(call.params)
-
-    grad, top = grad_output, call.L - 1
-    while top >= 0:
-        layers, sums = _gate_gradients(call, plan, top, grad, grad_h_n, output, layer_outputs, gates, d_gates, grad_hx)
-        for layer in range(top, top - layers, -1):
-            out = output if layer == call.L - 1 else layer_outputs[layer]
-            x = call.layer_input(layer, layer_outputs)
-            rows = x.reshape(T * B, x.shape[2])
-            with _products(plan, x.dtype):
-                for d in range(D):
-                    state = layer * D + d
-                    places = call.places(state)
-                    d_rows = d_gates[layer, d].view(T * B, 4 * H)
-                    sums_d = None if sums is None else sums[layer - top + layers - 1, d]
-                    grad_params[places] = _parameter_grads(
-                        d_rows, rows, call.hx[state], out, d, sums_d, need_params[places]
-                    )
-        top -= layers
-        grad = None
-        if top >= 0 or need_input:
-            with _products(plan, output.dtype):
-                for d in range(D):
-                    w_ih = call.parameters((top + 1) * D + d)[0]
-                    d_input = d_gates[top + 1, d].view(T * B, 4 * H)[:, H:]  # reset, update, candidate
-                    grad = torch.mm(d_input, w_ih) if grad is None else grad.addmm_(d_input, w_ih)
-            grad = grad.view(T, B, -1)
-            if top >= 0:
-                grad = call.mask(grad, top)
-    return [g for g, need in zip([grad, grad_hx, *grad_params], needs, strict=True) if need]
-
-
-def _gate_gradients(
-    call: GRUCall, plan: Plan, top: int, grad: Tensor | None, grad_h_n: Tensor | None, output: Tensor, layer_outputs: Tensor,
-    gates: Tensor, d_gates: Tensor, grad_hx: Tensor,
-) -> tuple[int, Tensor | None]:  # fmt: skip
-    """Of the layers from ``top`` down that one launch takes: how many they are, and the sums [layers, D, 4, H] of d_gates."""
-    out = output if top == call.L - 1 else layer_outputs[top]
-    whole, device = plan.backward, call.input.get_device()
-    if whole is not None and (device, whole) not in _refused_backward:
-        layers = whole.lanes // call.D
-        try:
-            sums = whole_backward.gate_gradients(
-                call, whole, top - layers + 1, grad, grad_h_n, out, layer_outputs, gates, d_gates, grad_hx
-            )
-            return layers, sums.unflatten(0, (layers, call.D))
-        except DoesNotFit as error:
-            reason = _refused_backward[device, whole] = f"{error} (cuda:{device}, {whole})"
-            log.warning(
-                "torch_gru_fuse.gru: the backward of whole sequences in one launch does not fit, one launch a step runs: %s",
-                reason,
-            )
-    states = call.states(top)
-    w_hh = _parameters(call, top)[1]
-    sequence_backward(
-        grad, None if grad_h_n is None else grad_h_n[states], out, call.hx[states], w_hh,
-        gates[top], d_gates[top], grad_hx[states], tile=plan.backward_tile, tf32=plan.tf32,
-    )  # fmt: skip
-    return 1, None
-
-
-def _parameter_grads(
-    d_rows: Tensor, rows: Tensor, h0: Tensor, out: Tensor, direction: int, sums: Tensor | None, needs: list[bool]
-) -> list[Tensor | None]:
-    """Gradients of w_ih, w_hh (, b_ih, b_hh) from d_rows [T*B, 4H], of (hn, r, z, n), and its sums [4, H] if known."""
-    T, B = out.shape[:2]
-    H = h0.shape[1]
-    d_input, d_hidden = d_rows[:, H:], d_rows[:, : 3 * H]
-    grads: list[Tensor | None] = [d_input.t() @ rows if needs[0] else None, None]
-    if needs[1]:
-        columns = out[:, :, direction * H : (direction + 1) * H]
-        grads[1] = _hidden_weight_grad(d_hidden, h0, columns, backwards=direction == 1)
-    if len(needs) == 4:
-        if sums is None and any(needs[2:]):
-            sums = d_rows.sum(0).view(4, H)  # accumulated in float32 by torch.sum
-        grads.append(sums[1:].flatten().to(out.dtype, copy=True) if needs[2] else None)
-        grads.append(_unrotate(sums[:3].flatten()).to(out.dtype) if needs[3] else None)
-    return grads
-
-
-def _hidden_weight_grad(d_hidden: Tensor, h0: Tensor, states: Tensor, *, backwards: bool) -> Tensor:
-    """Gradient of w_hh [3H, H] from d_hidden [T*B, 3H], of (hn, r, z), h0 [B, H] and the states after the steps [T, B, H]."""
-    T, B, H = states.shape
-    before = states[1:] if backwards else states[:-1]  # but for the first step, before which there is h0
-    if T * B <= 3 * H:  # copying the states is cheaper than going over the result twice more
-        before = torch.cat((before, h0[None]) if backwards else (h0[None], before)).view(T * B, H)
-        grad = h0.new_empty(3 * H, H)
-        torch.mm(d_hidden[:, H:].t(), before, out=grad[: 2 * H])
-        torch.mm(d_hidden[:, :H].t(), before, out=grad[2 * H :])
-        return grad
-    first, others = (d_hidden[-B:], d_hidden[:-B]) if backwards else (d_hidden[:B], d_hidden[B:])
-    grad = first.t() @ h0
-    return _unrotate(grad.addmm_(others.t(), before.flatten(0, 1)))
-
-
-def _unrotate(d_hidden: Tensor) -> Tensor:
-    """Rows of gates (hn, r, z) in the order of the weights (r, z, hn); always a copy."""
-    return d_hidden.roll(-(d_hidden.shape[0] // 3), 0)
+    return kernel_backward.gru_backward(call, plan, grad_output, grad_h_n, output, reserve, needs)
 
 
 def gru_cell_forward(
@@ -391,8 +276,8 @@ def gru_cell_backward(
         (lambda: d_input @ w_ih),
         (lambda: grad_hx.addmm_(d_hidden, w_hh.roll(H, 0))),
         (lambda: d_input.t() @ input),
-        (lambda: _unrotate(d_hidden.t() @ hx)),
+        (lambda: (d_hidden.t() @ hx).roll(-H, 0)),
         (lambda: sums[H:].clone()),
-        (lambda: _unrotate(sums[: 3 * H])),
+        (lambda: sums[: 3 * H].roll(-H, 0)),
     ]
     return [grad() for grad, need in zip(grads, needs, strict=True) if need]

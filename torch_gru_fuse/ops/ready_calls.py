@@ -6,12 +6,13 @@ and a function is made of it (`ready_launches`) that only allocates, reads addre
 
 Alike are calls with the same
 - key: shapes of input and hx, dtype, device, flags, and settings, which may change from call to call: variables of the
-  environment, whether TF32 and cuDNN are allowed, whether a CUDA graph is being captured;
+  environment, whether TF32 and cuDNN are allowed, whether gradients are enabled, whether a CUDA graph is being captured;
 - kind of tensors (`torch_hooks.like`): each one's type, dtype, device, shape, strides and keys of the dispatcher.
 
 What is no part of that happens at each call: addresses are read, the current stream is asked for, and so are errors of earlier
-launches.  Wherever something else might have to be done (gradients, modes, transforms, tracers, copies, another device) a call
-is not ready and takes the ordinary way, which decides everything.
+launches.  Wherever something else might have to be done (modes, transforms, tracers, copies, another device) a call is not
+ready and takes the ordinary way, which decides everything.  Calls with gradients are ready, too; between them and their
+launches is autograd (`ready_training`).
 """
 
 from __future__ import annotations
@@ -54,13 +55,12 @@ def results(
     bidirectional: bool,
     batch_first: bool,
 ) -> tuple[Tensor, Tensor] | None:
-    """output and h_n of `gru` without dropout and gradients, or None: the call is to take the ordinary way.
+    """output and h_n of `gru` without dropout, or None: the call is to take the ordinary way.
 
     Raises what that would raise.
     """
     if not (
         input.is_cuda
-        and not torch.is_grad_enabled()
         and dispatch.PLAIN.issuperset((type(input), type(hx)))
         and torch_hooks.nothing_intercepts()
     ):
@@ -71,7 +71,7 @@ def results(
         input.shape, hx.shape, dtype, device, len(params), has_biases, num_layers, bidirectional, batch_first,
         variable(b"TORCH_GRU_FUSE_KERNELS"), variable(b"TORCH_GRU_FUSE_GPU"), variable(b"TORCH_GRU_FUSE_TIMEOUT_S"),
         dtype == torch.float32 and torch_hooks.rnn_allows_tf32(), torch_hooks.cudnn_enabled(),
-        torch.cuda.is_current_stream_capturing(),
+        torch.is_grad_enabled(), torch.cuda.is_current_stream_capturing(),
     )  # fmt: skip
     kinds = _ready.get(key, ())
     if kinds is None or device != torch.cuda.current_device() or log.isEnabledFor(logging.DEBUG):  # which says the plan
@@ -90,7 +90,7 @@ def results(
 def _make(call: GRUCall, batch_first: bool, key: tuple) -> Run | None:
     """What runs calls like this one, kept for others, or None."""
     tensors = call.tensors
-    if not dispatch.goes_straight(tensors) or torch.is_autocast_enabled("cuda"):
+    if not dispatch.goes_straight(tensors, gradients=True) or not torch_hooks.autocast_is_passed("cuda"):
         return None
     input, hx, params, has_biases, num_layers, bidirectional, _ = call
     check_gru(input, hx, params, has_biases, num_layers, 0.0, False, bidirectional, batch_first)
@@ -99,14 +99,21 @@ def _make(call: GRUCall, batch_first: bool, key: tuple) -> Run | None:
     needed_contiguous = (hx, *params) if call.T > 1 else (call.input[0], hx, *params)
     if not all(tensor.is_contiguous() for tensor in needed_contiguous):
         return None
-    from torch_gru_fuse.ops import ready_launches  # imports Triton
-
-    run = ready_launches.of(call, batch_first=batch_first)
+    run = _run_of(call, batch_first)
     if len(_ready) >= _MOST_KEYS:
         _ready.clear()
     kinds = _ready.get(key) or ()
     _ready[key] = None if run is None else (_Ready(torch_hooks.like(tensors), run), *kinds[: _MOST_KINDS - 1])
     return run
+
+
+def _run_of(call: GRUCall, batch_first: bool) -> Run | None:
+    from torch_gru_fuse.ops import ready_launches, ready_training  # import Triton
+
+    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors)):
+        return ready_launches.of(call, batch_first=batch_first)
+    training = ready_launches.training_of(call)
+    return None if training is None else ready_training.run_of(call, training, batch_first=batch_first)
 
 
 def forget() -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from functools import reduce
 from operator import or_
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from torch_gru_fuse import torch_hooks
 from torch_gru_fuse.kernels.launch import DoesNotFit
 from torch_gru_fuse.kernels.stream import stack_of
-from torch_gru_fuse.ops import kernel_path, whole_path
+from torch_gru_fuse.ops import cudnn_path, kernel_backward, kernel_path, whole_path
 from torch_gru_fuse.ops.call import GRUCall
 from torch_gru_fuse.ops.ready_calls import Run
+from torch_gru_fuse.ops.schemas import reserve_size
 from torch_gru_fuse.planner.plan import Plan
 from torch_gru_fuse.planner.stream import StreamPlan
 
@@ -29,21 +34,68 @@ def of(call: GRUCall, *, batch_first: bool) -> Run | None:
     if plan.stream is not None:
         return _one_step(call, plan.stream, batch_first)
     if plan.whole is not None and call.H % 16 == 0:
-        return _whole_sequences(call, plan, batch_first)
+        return _whole_sequences(call, plan, batch_first, save=False)
     return None
 
 
-class _Results:
-    """Makes output [T, B, D*H] or [B, T, D*H], in memory both are time-major, and h_n [L*D, B, H]."""
+class Training(NamedTuple):
+    """Forward and backward of calls that are alike.
 
-    def __init__(self, call: GRUCall, batch_first: bool):
+    forward: takes input, hx and params; returns output, h_n and reserve, or None: the ordinary way has to be taken.
+    backward: takes the call, gradients of output and h_n, output, reserve and needs, as `gru_backward` does; the reserve is
+    not used again.
+    """
+
+    forward: Callable[[Tensor, Tensor, list[Tensor]], tuple[Tensor, Tensor, Tensor] | None]
+    backward: Callable[[GRUCall, Tensor | None, Tensor | None, Tensor, Tensor, list[bool]], list[Tensor]]
+
+
+def training_of(call: GRUCall) -> Training | None:
+    """The same for calls that save what the backward needs; their input may have any strides."""
+    if call.B == 0:
+        return None
+    plan = kernel_path.plan_of(call, training=True)
+    if plan.whole is not None and call.H % 16 == 0:
+        forward = _whole_sequences(call, plan, False, save=True)
+        return Training(forward, functools.partial(_backward_of_kernels, plan))
+    if plan.kernel == "torch" and torch_hooks.cudnn_runs(call.input):
+        if not torch.cuda.is_current_stream_capturing():
+            with torch.no_grad():
+                kernel_path.gru_forward(call, True)  # once in the ordinary way: it prepares what a CUDA graph would take
+        like = call._replace(input=None, hx=None, params=[])  # flags only: no tensor is kept
+        return Training(functools.partial(_cudnn_forward, like, plan), _cudnn_backward)
+    return None
+
+
+def _backward_of_kernels(plan: Plan, call: GRUCall, *args: Any) -> list[Tensor]:
+    return kernel_backward.gru_backward(call, plan, *args)
+
+
+def _cudnn_forward(
+    like: GRUCall, plan: Plan, x: Tensor, hx: Tensor, params: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    results = cudnn_path.gru_forward_own_reserve(like._replace(input=x, hx=hx, params=params))
+    return kernel_path.remember(results, True, plan, cudnn_path)
+
+
+def _cudnn_backward(*args: Any) -> list[Tensor]:
+    return cudnn_path.gru_backward(*args, last_use=torch_hooks.graph_is_freed())
+
+
+class _Results:
+    """Makes output [T, B, D*H] or [B, T, D*H], in memory both are time-major, h_n [L*D, B, H] and, with `save`, a reserve."""
+
+    def __init__(self, call: GRUCall, batch_first: bool, *, save: bool = False):
         T, B, H, states, width, dtype = call.T, call.B, call.H, call.L * call.D, call.D * call.H, call.hx.dtype
         output = ((B, T, width), (width, B * width, 1)) if batch_first else ((T, B, width), (B * width, width, 1))
-        self._output, self._h_n = (*output, dtype), ((states, B, H), (B * H, H, 1), dtype)
+        self._sizes = [(*output, dtype), ((states, B, H), (B * H, H, 1), dtype)]
+        if save:
+            size = reserve_size(T, B, H, call.L, call.D, cuda=False, bytes_each=dtype.itemsize)
+            self._sizes.append(((size,), (1,), dtype))
 
-    def __call__(self) -> tuple[Tensor, Tensor]:
+    def __call__(self) -> list[Tensor]:
         new = torch_hooks.empty_strided_cuda
-        return new(*self._output), new(*self._h_n)
+        return [new(*sizes) for sizes in self._sizes]
 
 
 def _one_step(call: GRUCall, plan: StreamPlan, batch_first: bool) -> Run:
@@ -61,40 +113,54 @@ def _one_step(call: GRUCall, plan: StreamPlan, batch_first: bool) -> Run:
     return run
 
 
-def _whole_sequences(call: GRUCall, plan: Plan, batch_first: bool) -> Run:
-    recipe = whole_path.recipe_of(call, plan.whole, False)
+def _whole_sequences(call: GRUCall, plan: Plan, batch_first: bool, *, save: bool) -> Run:
+    recipe = whole_path.recipe_of(call, plan.whole, save)
     T, B, H, D, states, dtype = call.T, call.B, call.H, call.D, call.L * call.D, call.hx.dtype
-    lanes, each = recipe.lanes, recipe.each
-    # of each launch: its first state, in bytes; places of its parameters, and of those that multiply its input
+    lanes, each, itemsize = recipe.lanes, recipe.each, dtype.itemsize
+    # of each launch: its first state, in elements of a tensor [L*D, B, H]; places of its parameters, and of those that multiply
+    # its input
     launches = [
-        (first * B * H * dtype.itemsize, call.places(first, lanes), slice(first * each, (first + D) * each, each))
+        (first * B * H, call.places(first, lanes), slice(first * each, (first + D) * each, each))
         for first in range(0, states, lanes)
     ]
     top = launches[-1][0]
-    new_results = _Results(call, batch_first)
-    between = (T, B, D * H), (B * D * H, D * H, 1), dtype
-    workspace_size = recipe.workspace_bytes(below=True) // dtype.itemsize
+    new_results = _Results(call, batch_first, save=save)
+    between = (T, B, D * H), (B * D * H, D * H, 1)
+    workspace_size = recipe.workspace_bytes(below=not save) // itemsize
     workspace_arguments = (workspace_size,), (1,), dtype
+    gates_from = (states - D) * T * B * H  # in a reserve, after the outputs of inner layers
 
-    def run(x: Tensor, hx: Tensor, params: list[Tensor]) -> tuple[Tensor, Tensor] | None:
+    def run(x: Tensor, hx: Tensor, params: list[Tensor]) -> list[Tensor] | None:
         p_hx, p_params = hx.data_ptr(), [p.data_ptr() for p in params]
         if reduce(or_, p_params, p_hx) % 16 or whole_path.missing_programs:
             return None
         new = torch_hooks.empty_strided_cuda
-        output, h_n = results = new_results()
+        results = new_results()
+        output, h_n, *reserve = results
         p_h_n = h_n.data_ptr()
         if batch_first:
             x = x.transpose(0, 1)
+        gates = below = None
+        if save:
+            below = reserve[0].data_ptr()
         try:
             for state, of_launch, of_input in launches:
                 gi = whole_path.input_projection(x, params[of_input], plan.tf32)
-                x = output if state == top else new(*between)
+                if state == top:
+                    x = output
+                elif save:
+                    x = reserve[0].as_strided(*between, state * T)
+                else:
+                    x = new(*between, dtype)
+                if save:
+                    gates = below + (gates_from + 4 * T * state) * itemsize
                 workspace = new(*workspace_arguments) if workspace_size else gi
                 recipe.launch(
-                    gi.data_ptr(), p_hx + state, p_params[of_launch], x.data_ptr(), p_h_n + state, workspace.data_ptr()
-                )
+                    gi.data_ptr(), p_hx + state * itemsize, p_params[of_launch], x.data_ptr(), p_h_n + state * itemsize,
+                    workspace.data_ptr(), gates, below,
+                )  # fmt: skip
         except DoesNotFit:  # the ordinary way says so, and plans anew
             return None
-        return results
+        return kernel_path.remember(results, save, plan, None)
 
     return run

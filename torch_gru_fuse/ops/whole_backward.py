@@ -6,7 +6,9 @@ alone is made once.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from operator import or_
 from typing import Any
 
 import torch
@@ -31,10 +33,9 @@ _KERNELS = {
 class _Recipe:
     """What all launches with the same sizes have in common.
 
-    programs_b: programs along the batch.  fill_grid: None where nobody waits for what another makes.
+    fill_grid: None where nobody waits for what another makes.
     """
 
-    programs_b: int
     fill_grid: tuple[int, int, int] | None
     kernel_grid: tuple[int, int, int]
     run_fill: launch.Launcher
@@ -60,6 +61,11 @@ def _recipe(call: GRUCall, whole: WholeSequencePlan, has_dy: bool, has_dhn: bool
     return found
 
 
+def _programs_b(batch: int, whole: WholeSequencePlan) -> int:
+    """Programs along the batch."""
+    return -(-batch // (whole.kernel.rows * getattr(whole.kernel, "tiles", 1)))
+
+
 def _make_recipe(call: GRUCall, whole: WholeSequencePlan, has_dy: bool, has_dhn: bool, masked: bool) -> _Recipe:
     T, B, H = call.T, call.B, call.H
     dtype, device = call.input.dtype, call.input.get_device()
@@ -78,7 +84,6 @@ def _make_recipe(call: GRUCall, whole: WholeSequencePlan, has_dy: bool, has_dhn:
         whole.kernel.name, str(whole), timeout,
     )  # fmt: skip
     return _Recipe(
-        programs_b=-(-B // (whole.kernel.rows * getattr(whole.kernel, "tiles", 1))),
         fill_grid=(*prepare.fill_grid(steps=lanes * T, batch=B, hidden=4 * H), 1, 1) if whole.waits(reverse=reverse) else None,
         kernel_grid=(whole.programs(B, H), 1, 1),
         run_fill=launch.launcher(
@@ -93,6 +98,11 @@ def _make_recipe(call: GRUCall, whole: WholeSequencePlan, has_dy: bool, has_dhn:
     )  # fmt: skip
 
 
+def empty_sums(call: GRUCall, whole: WholeSequencePlan) -> Tensor:
+    """Where the launches of a plan leave the sums of gate gradients: float32 [L*D, programs along the batch, 4, H]."""
+    return call.hx.new_empty((call.L * call.D, _programs_b(call.B, whole), 4, call.H), dtype=torch.float32)
+
+
 def gate_gradients(
     call: GRUCall,
     whole: WholeSequencePlan,
@@ -104,8 +114,9 @@ def gate_gradients(
     gates: Tensor,
     d_gates: Tensor,
     grad_hx: Tensor,
-) -> Tensor:
-    """Layers from ``layer`` on, as many as a launch of the plan has: fills their part of d_gates and grad_hx.
+    sums: Tensor,
+) -> None:
+    """Layers from ``layer`` on, as many as a launch of the plan has: fills their part of d_gates, grad_hx and sums.
 
     Args:
         dy: gradient of what the highest of them puts out, [T, B, D*H].
@@ -115,49 +126,43 @@ def gate_gradients(
         gates: saved, [L, D, T, B, 4, H] = (r, z, n, hn).
         d_gates: [L, D, T, B, 4, H]; becomes the gradients of (hn, r, z, n), before the nonlinearities.
         grad_hx: [L*D, B, H]; becomes the gradient of hx.
-
-    Returns:
-        Sums of d_gates over steps and batch, float32 [lanes, 4, H].
+        sums: as `empty_sums` makes it; becomes sums of d_gates over steps and the batch rows of a program.
 
     Raises:
         launch.DoesNotFit: nothing has been changed then.
     """
-    lanes, D = whole.lanes, call.D
-    layers = lanes // D
-    states = call.states(layer, layers)
-    stack = layers > 1
+    T, B, H, lanes = call.T, call.B, call.H, whole.lanes
+    stack = lanes > call.D
+    first = layer * call.D
+    each = 4 if call.has_biases else 2
+    params = call.params[call.places(first, lanes)]
     masks = aligned(call.dropout_masks) if stack and call.dropout_masks is not None else None
     dy = None if dy is None else aligned(dy)
-    dhn = None if dhn is None else aligned(dhn[states])
+    dhn = None if dhn is None else aligned(dhn)
     recipe = _recipe(call, whole, dy is not None, dhn is not None, masks is not None)
-    hx, out = aligned(call.hx[states]), aligned(out)
-    d = d_gates[layer : layer + layers]
-    each = 4 if call.has_biases else 2
-    params = [aligned(p) for p in call.params[call.places(states.start, lanes)]]
-    w_hh = tuple(p.data_ptr() for p in params[1::each])
-    w_ih = tuple(p.data_ptr() for p in params[::each][1:]) if stack else w_hh[:1]
-    sums = hx.new_empty(lanes, recipe.programs_b, 4, call.H, dtype=torch.float32)
+    hx, out, w_hhs = aligned(call.hx), aligned(out), [aligned(w) for w in params[1::each]]
+    w_ihs = [aligned(w) for w in params[each::each]] if stack else w_hhs[:1]
     error = hx.new_empty(4, dtype=torch.int64)
-    address = d.data_ptr()
-    out_address, hx_address, dhx_address = out.data_ptr(), hx.data_ptr(), grad_hx[states].data_ptr()
-    below = layer_outputs[layer].data_ptr() if stack else out_address
-    saved = gates[layer].data_ptr()
-    pointers = [address, out_address, hx_address, dhx_address, below, saved, *w_hh, *w_ih]
-    pointers += [t.data_ptr() for t in (dy, dhn, masks) if t is not None]
-    bits = 0
-    for pointer in pointers:
-        bits |= pointer
-    is_aligned = not bits % 16
+
+    itemsize = hx.element_size()
+    state = first * B * H * itemsize  # from the beginning of a tensor [L*D, B, H] to these layers
+    sequence = T * state
+    p_d = d_gates.data_ptr() + 4 * sequence
+    p_gates = gates.data_ptr() + 4 * sequence
+    p_out, p_hx, p_dhx = out.data_ptr(), hx.data_ptr() + state, grad_hx.data_ptr() + state
+    p_below = layer_outputs.data_ptr() + sequence if stack else p_out
+    p_dy = None if dy is None else dy.data_ptr()
+    p_dhn = None if dhn is None else dhn.data_ptr() + state
+    p_masks = None if masks is None else masks.data_ptr() + sequence
+    p_sums = sums.data_ptr() + first * sums.stride(0) * 4
+    p_w_hh, p_w_ih = tuple(w.data_ptr() for w in w_hhs), tuple(w.data_ptr() for w in w_ihs)
+    given = (p_d, p_gates, p_out, p_hx, p_dhx, p_below, p_dy or 0, p_dhn or 0, p_masks or 0, *p_w_hh, *p_w_ih)
+    is_aligned = not functools.reduce(or_, given) % 16
     stream = driver.active.get_current_stream(hx.get_device())
     if recipe.fill_grid is not None:  # d_gates as one sequence of lanes * T steps of 4H units
-        values = prepare.fill_arguments(
-            address, recipe.word, recipe.launch_id, error.data_ptr(), steps=lanes * call.T, batch=call.B
-        )
+        values = prepare.fill_arguments(p_d, recipe.word, recipe.launch_id, error.data_ptr(), steps=lanes * T, batch=B)
         recipe.run_fill(recipe.fill_grid, stream, values, is_aligned)
     values = (
-        None if dy is None else dy.data_ptr(), None if dhn is None else dhn.data_ptr(), hx_address, out_address, below, saved,
-        w_ih, w_hh, None if masks is None else masks[layer].data_ptr(),
-        address, dhx_address, sums.data_ptr(), error.data_ptr(), call.T, call.B,
+        p_dy, p_dhn, p_hx, p_out, p_below, p_gates, p_w_ih, p_w_hh, p_masks, p_d, p_dhx, p_sums, error.data_ptr(), T, B,
     )  # fmt: skip
     recipe.run_kernel(recipe.kernel_grid, stream, values, is_aligned)
-    return sums.sum(1)

@@ -260,20 +260,14 @@ def _launch(
 
 def input_projection(x: Tensor, weights: Sequence[Tensor], tf32: bool) -> Tensor:
     """x W^T without bias: [T*B, 3H], or [2, T*B, 3H] of two directions."""
-    if x.dtype == torch.float32:
-        with torch_hooks.matmul_tf32(tf32):
-            return _product(x, weights)
-    return _product(x, weights)
-
-
-def _product(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     T, B, I = x.shape  # noqa: E741
     rows = x.reshape(T * B, I)
-    if len(weights) == 1:
-        return torch.mm(rows, weights[0].t())
-    gi = x.new_empty(2, T * B, weights[0].shape[0])
-    for out, weight in zip(gi.unbind(0), weights, strict=True):
-        torch.mm(rows, weight.t(), out=out)
+    with torch_hooks.products(x.dtype, tf32=tf32):
+        if len(weights) == 1:
+            return torch.mm(rows, weights[0].t())
+        gi = x.new_empty(2, T * B, weights[0].shape[0])
+        for out, weight in zip(gi.unbind(0), weights, strict=True):
+            torch.mm(rows, weight.t(), out=out)
     return gi
 
 
