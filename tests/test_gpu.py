@@ -174,8 +174,8 @@ def whole(monkeypatch):
     monkeypatch.setattr(whole_path, "gru_forward", forward)
     made = ready_launches._whole_sequences
 
-    def counting(call, plan, batch_first):
-        run = made(call, plan, batch_first)
+    def counting(call, plan, batch_first, **options):
+        run = made(call, plan, batch_first, **options)
 
         def counted(*tensors):
             results = run(*tensors)

@@ -33,6 +33,7 @@ from torch_gru_fuse.ops import (
     whole_path,
 )  # fmt: skip
 from torch_gru_fuse.ops.call import GRUCall
+from torch_gru_fuse.ops.schemas import reserve_size
 from torch_gru_fuse.planner.plan import Plan
 from torch_gru_fuse.planner.stream import StreamPlan
 from torch_gru_fuse.planner.whole_sequence import ResidentPlan, WavefrontPlan, WholeSequencePlan
@@ -58,12 +59,13 @@ class Ways:
 def ways(monkeypatch):
     ways = Ways()
 
-    def ready_of(call, *, batch_first):
+    def ready_of(call, *, batch_first, save):
         ways.taken.append("looked at")
 
         def run(x, hx, params):
             ways.taken.append("ready")
-            return torch.gru(x, hx, params, call.has_biases, call.L, 0.0, False, call.bidirectional, batch_first)
+            results = torch.gru(x, hx, params, call.has_biases, call.L, 0.0, False, call.bidirectional, batch_first)
+            return (*results, x.new_empty(7)) if save else results
 
         return run
 
@@ -198,7 +200,7 @@ def test_flags_may_change(ways, monkeypatch):
 
 def test_plans_that_are_not_ready_are_looked_at_once(ways, monkeypatch):
     looked = []
-    monkeypatch.setattr(ready_launches, "of", lambda call, *, batch_first: looked.append(call) and None)
+    monkeypatch.setattr(ready_launches, "of", lambda call, **_: looked.append(call) and None)
     for _ in range(3):
         check(ways, gru_args(), ORDINARY)
     assert len(looked) == 1
@@ -213,7 +215,7 @@ def test_plans_that_are_not_ready_are_looked_at_once(ways, monkeypatch):
 
 def test_a_ready_call_may_fail(ways, monkeypatch):
     """Then the ordinary way is taken, and finds out why."""
-    monkeypatch.setattr(ready_launches, "of", lambda call, *, batch_first: lambda *tensors: None)
+    monkeypatch.setattr(ready_launches, "of", lambda call, **_: lambda *tensors: None)
     for _ in range(2):
         check(ways, gru_args(), ORDINARY)
 
@@ -622,8 +624,10 @@ def test_the_op_of_compiled_models_is_ready(ways):
         taken, (*results, reserve) = ways.of(lambda: ops.gru_forward(x, hx, params, bias, L, False, None, False))
         assert taken == way and reserve.shape == (0,) and reserve.dtype == x.dtype
         assert_same(results, expected, 1e-6)
-    taken, (*results, reserve) = ways.of(lambda: ops.gru_forward(x, hx, params, bias, L, False, None, True))
-    assert taken == ORDINARY and reserve.numel()
+    for way in (FIRST, AGAIN):
+        taken, (*results, reserve) = ways.of(lambda: ops.gru_forward(x, hx, params, bias, L, False, None, True))
+        assert taken == way and reserve.shape == (7,)
+        assert_same(results, expected, 1e-6)
     masks = torch.ones(1, 5, 3, 6)
     taken, (*results, _) = ways.of(lambda: ops.gru_forward(x, hx, params, bias, L, False, masks, False))
     assert taken == ORDINARY
@@ -776,6 +780,13 @@ def test_launches_of_training(launches_on_cpu, monkeypatch, plan, variant):
         _, wanted = reference(*call, grads)
         assert_same(found, wanted, 4e-3)
     assert training.forward(x, misaligned(hx), params) is None
+    output, h_n, reserve = ready_launches.of(call, batch_first=False, save=True)(x, hx, params)  # as `gru_forward` makes it
+    assert_same([output, h_n], [expected, expected_h_n], 0)
+    sizes = call.T, call.B, call.H, call.L, call.D
+    assert reserve.shape == (reserve_size(*sizes, cuda=True, bytes_each=4),)
+    of_training = training.forward(x, hx, params)[2]
+    for found, wanted in zip(call.saved_gates(reserve), call.saved_gates(of_training), strict=True):
+        assert torch.equal(found, wanted)
 
 
 def misaligned(tensor):

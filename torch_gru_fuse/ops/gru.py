@@ -101,10 +101,10 @@ class _GRUFunction(torch_hooks.SingleLevelFunction):
 def _forward_autograd(
     input, hx, params, has_biases, num_layers, bidirectional, dropout_masks, save, *, recompute=False
 ):  # fmt: skip
-    if not save and dropout_masks is None and not torch.is_grad_enabled():
-        results = ready_calls.results(input, hx, params, has_biases, num_layers, bidirectional, False)
+    if dropout_masks is None and not torch.is_grad_enabled():
+        results = ready_calls.results(input, hx, params, has_biases, num_layers, bidirectional, False, save)
         if results is not None:
-            return *results, input.new_empty(0)
+            return results if save else (*results, input.new_empty(0))
     tensors = (input, hx, *params)
     if dropout_masks is not None and registration.is_differentiated((dropout_masks,)):
         raise RuntimeError("torch_gru_fuse.gru_forward: dropout_masks are constants, but they require grad or carry a tangent; "

@@ -32,8 +32,8 @@ from torch_gru_fuse.ops.checks import check_gru
 
 log = logging.getLogger("torch_gru_fuse")
 
-#: Takes input, hx and params; returns output and h_n of `gru`, or None where only the ordinary way will do.
-Run = Callable[[Tensor, Tensor, list[Tensor]], tuple[Tensor, Tensor] | None]
+#: Takes input, hx and params; returns output and h_n of `gru` (and a reserve), or None where only the ordinary way will do.
+Run = Callable[[Tensor, Tensor, list[Tensor]], tuple[Tensor, ...] | None]
 
 
 class _Ready(NamedTuple):
@@ -54,10 +54,13 @@ def results(
     num_layers: int,
     bidirectional: bool,
     batch_first: bool,
-) -> tuple[Tensor, Tensor] | None:
+    save: bool = False,
+) -> tuple[Tensor, ...] | None:
     """output and h_n of `gru` without dropout, or None: the call is to take the ordinary way.
 
-    Raises what that would raise.
+    save: also the reserve, as `gru_forward` makes it; gradients are not enabled then.
+
+    Raises what the ordinary way would raise.
     """
     if not (
         input.is_cuda
@@ -68,7 +71,7 @@ def results(
     dtype, device = input.dtype, input.get_device()
     variable = os.environ._data.get  # `os.environ.get` takes 1 us
     key = (
-        input.shape, hx.shape, dtype, device, len(params), has_biases, num_layers, bidirectional, batch_first,
+        input.shape, hx.shape, dtype, device, len(params), has_biases, num_layers, bidirectional, batch_first, save,
         variable(b"TORCH_GRU_FUSE_KERNELS"), variable(b"TORCH_GRU_FUSE_GPU"), variable(b"TORCH_GRU_FUSE_TIMEOUT_S"),
         dtype == torch.float32 and torch_hooks.rnn_allows_tf32(), torch_hooks.cudnn_enabled(),
         torch.is_grad_enabled(), torch.cuda.is_current_stream_capturing(),
@@ -80,14 +83,14 @@ def results(
         if ready.alike(input, hx, *params):
             timeouts.check(device)
             return ready.run(input, hx, params)
-    run = _make(GRUCall(input, hx, params, has_biases, num_layers, bidirectional, None), batch_first, key)
+    run = _make(GRUCall(input, hx, params, has_biases, num_layers, bidirectional, None), batch_first, save, key)
     if run is None:
         return None
     timeouts.check(device)
     return run(input, hx, params)
 
 
-def _make(call: GRUCall, batch_first: bool, key: tuple) -> Run | None:
+def _make(call: GRUCall, batch_first: bool, save: bool, key: tuple) -> Run | None:
     """What runs calls like this one, kept for others, or None."""
     tensors = call.tensors
     if not dispatch.goes_straight(tensors, gradients=True) or not torch_hooks.autocast_is_passed("cuda"):
@@ -99,7 +102,7 @@ def _make(call: GRUCall, batch_first: bool, key: tuple) -> Run | None:
     needed_contiguous = (hx, *params) if call.T > 1 else (call.input[0], hx, *params)
     if not all(tensor.is_contiguous() for tensor in needed_contiguous):
         return None
-    run = _run_of(call, batch_first)
+    run = _run_of(call, batch_first, save)
     if len(_ready) >= _MOST_KEYS:
         _ready.clear()
     kinds = _ready.get(key) or ()
@@ -107,11 +110,11 @@ def _make(call: GRUCall, batch_first: bool, key: tuple) -> Run | None:
     return run
 
 
-def _run_of(call: GRUCall, batch_first: bool) -> Run | None:
+def _run_of(call: GRUCall, batch_first: bool, save: bool) -> Run | None:
     from torch_gru_fuse.ops import ready_launches, ready_training  # import Triton
 
     if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors)):
-        return ready_launches.of(call, batch_first=batch_first)
+        return ready_launches.of(call, batch_first=batch_first, save=save)
     training = ready_launches.training_of(call)
     return None if training is None else ready_training.run_of(call, training, batch_first=batch_first)
 

@@ -22,19 +22,20 @@ from torch_gru_fuse.planner.plan import Plan
 from torch_gru_fuse.planner.stream import StreamPlan
 
 
-def of(call: GRUCall, *, batch_first: bool) -> Run | None:
+def of(call: GRUCall, *, batch_first: bool, save: bool = False) -> Run | None:
     """What runs calls like this one, which has passed all checks; None: what is planned takes the ordinary way.
 
     The call is time-major and without dropout; its parameters, hx and the input of a single step are contiguous.  Those like it
-    have the input, and want the output, as `batch_first` says.
+    have the input, and want the output, as `batch_first` says.  save: they want a reserve, too, as `gru_forward` makes it.
     """
     if call.B == 0:
         return None
-    plan = kernel_path.plan_of(call, training=False)
+    plan = kernel_path.plan_of(call, training=save)
     if plan.stream is not None:
         return _one_step(call, plan.stream, batch_first)
     if plan.whole is not None and call.H % 16 == 0:
-        return _whole_sequences(call, plan, batch_first, save=False)
+        size = reserve_size(call.T, call.B, call.H, call.L, call.D, cuda=True, bytes_each=call.hx.dtype.itemsize)
+        return _whole_sequences(call, plan, batch_first, reserve=size if save else 0)
     return None
 
 
@@ -56,7 +57,8 @@ def training_of(call: GRUCall) -> Training | None:
         return None
     plan = kernel_path.plan_of(call, training=True)
     if plan.whole is not None and call.H % 16 == 0:
-        forward = _whole_sequences(call, plan, False, save=True)
+        size = reserve_size(call.T, call.B, call.H, call.L, call.D, cuda=False, bytes_each=call.hx.dtype.itemsize)
+        forward = _whole_sequences(call, plan, False, reserve=size)
         return Training(forward, functools.partial(_backward_of_kernels, plan))
     if plan.kernel == "torch" and torch_hooks.cudnn_runs(call.input):
         if not torch.cuda.is_current_stream_capturing():
@@ -83,19 +85,18 @@ def _cudnn_backward(*args: Any) -> list[Tensor]:
 
 
 class _Results:
-    """Makes output [T, B, D*H] or [B, T, D*H], in memory both are time-major, h_n [L*D, B, H] and, with `save`, a reserve."""
+    """Makes output [T, B, D*H] or [B, T, D*H], in memory both are time-major, h_n [L*D, B, H] and perhaps a reserve."""
 
-    def __init__(self, call: GRUCall, batch_first: bool, *, save: bool = False):
+    def __init__(self, call: GRUCall, batch_first: bool, *, reserve: int = 0):
         T, B, H, states, width, dtype = call.T, call.B, call.H, call.L * call.D, call.D * call.H, call.hx.dtype
         output = ((B, T, width), (width, B * width, 1)) if batch_first else ((T, B, width), (B * width, width, 1))
         self._sizes = [(*output, dtype), ((states, B, H), (B * H, H, 1), dtype)]
-        if save:
-            size = reserve_size(T, B, H, call.L, call.D, cuda=False, bytes_each=dtype.itemsize)
-            self._sizes.append(((size,), (1,), dtype))
+        if reserve:
+            self._sizes.append(((reserve,), (1,), dtype))
 
-    def __call__(self) -> list[Tensor]:
+    def __call__(self) -> tuple[Tensor, ...]:
         new = torch_hooks.empty_strided_cuda
-        return [new(*sizes) for sizes in self._sizes]
+        return tuple([new(*sizes) for sizes in self._sizes])
 
 
 def _one_step(call: GRUCall, plan: StreamPlan, batch_first: bool) -> Run:
@@ -113,7 +114,9 @@ def _one_step(call: GRUCall, plan: StreamPlan, batch_first: bool) -> Run:
     return run
 
 
-def _whole_sequences(call: GRUCall, plan: Plan, batch_first: bool, *, save: bool) -> Run:
+def _whole_sequences(call: GRUCall, plan: Plan, batch_first: bool, *, reserve: int = 0) -> Run:
+    """reserve: elements of it, 0: nothing is saved."""
+    save = reserve > 0
     recipe = whole_path.recipe_of(call, plan.whole, save)
     T, B, H, D, states, dtype = call.T, call.B, call.H, call.D, call.L * call.D, call.hx.dtype
     lanes, each, itemsize = recipe.lanes, recipe.each, dtype.itemsize
@@ -124,32 +127,32 @@ def _whole_sequences(call: GRUCall, plan: Plan, batch_first: bool, *, save: bool
         for first in range(0, states, lanes)
     ]
     top = launches[-1][0]
-    new_results = _Results(call, batch_first, save=save)
+    new_results = _Results(call, batch_first, reserve=reserve)
     between = (T, B, D * H), (B * D * H, D * H, 1)
     workspace_size = recipe.workspace_bytes(below=not save) // itemsize
     workspace_arguments = (workspace_size,), (1,), dtype
     gates_from = (states - D) * T * B * H  # in a reserve, after the outputs of inner layers
 
-    def run(x: Tensor, hx: Tensor, params: list[Tensor]) -> list[Tensor] | None:
+    def run(x: Tensor, hx: Tensor, params: list[Tensor]) -> tuple[Tensor, ...] | None:
         p_hx, p_params = hx.data_ptr(), [p.data_ptr() for p in params]
         if reduce(or_, p_params, p_hx) % 16 or whole_path.missing_programs:
             return None
         new = torch_hooks.empty_strided_cuda
         results = new_results()
-        output, h_n, *reserve = results
+        output, h_n, *saved = results
         p_h_n = h_n.data_ptr()
         if batch_first:
             x = x.transpose(0, 1)
         gates = below = None
         if save:
-            below = reserve[0].data_ptr()
+            below = saved[0].data_ptr()
         try:
             for state, of_launch, of_input in launches:
                 gi = whole_path.input_projection(x, params[of_input], plan.tf32)
                 if state == top:
                     x = output
                 elif save:
-                    x = reserve[0].as_strided(*between, state * T)
+                    x = saved[0].as_strided(*between, state * T)
                 else:
                     x = new(*between, dtype)
                 if save:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from torch_gru_fuse import torch_hooks
+from torch_gru_fuse.ops import dispatch
 from torch_gru_fuse.ops.schemas import library, ops
 
 
@@ -63,6 +64,17 @@ class _BackwardFunction(torch_hooks.SingleLevelFunction):
         return tuple(results)
 
 
+def _tensors(args: Sequence[Any]) -> list[Tensor]:
+    """Those among arguments and in their lists."""
+    found = []
+    for arg in args:
+        if isinstance(arg, Tensor):
+            found.append(arg)
+        elif isinstance(arg, list):
+            found += [a for a in arg if isinstance(a, Tensor)]
+    return found
+
+
 def differentiable_backward(name: str, gradients: Callable[..., list[Tensor]], of_forward: int) -> None:
     """Register an autograd kernel for a backward op, so that gradients can be differentiated.
 
@@ -74,7 +86,7 @@ def differentiable_backward(name: str, gradients: Callable[..., list[Tensor]], o
     def autograd(*args: Any) -> list[Tensor]:
         if not torch.is_grad_enabled() and torch_hooks.nothing_intercepts():  # nearly always
             with torch_hooks.below_autograd():
-                return op(*args)
+                return dispatch.direct(name, _tensors(args))(*args)
         variables, saved, needs = args[: -1 - of_forward], args[-1 - of_forward : -1], args[-1]
         leaves, spec = tree_flatten(variables)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
