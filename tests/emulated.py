@@ -333,6 +333,26 @@ def settle(b, p, p_error, *rest):
     return round_operand(value)
 
 
+def settle_epoch(b, p, p_error, epoch, vectors, k_vectors, pack, timeout):
+    assert torch.equal(b, p.address), "not the tile that was issued"
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while True:
+        bits = read(p).as_subclass(torch.Tensor).view(torch.int32)
+        if ((bits & 1) == int(epoch)).all():
+            assert not (bits & 0x1FFE).any(), "states that are not tf32"
+            return block((bits & -2).view(torch.float32))
+        if time.monotonic() > deadline or read(p_error).item() != 0:
+            write(p_error, 1)
+            ctypes.c_int32.from_address(read(p_error + 1).item()).value = read(p_error + 2).item()
+            return block(torch.full_like(bits, 0, dtype=torch.float32) + float("nan"))
+        time.sleep(1e-4)
+
+
+def with_epoch(h, epoch):
+    bits = h.as_subclass(torch.Tensor).contiguous().view(torch.int32)
+    return block(((bits + 0x1000) & -0x2000 | int(epoch)).view(torch.float32))
+
+
 def issue_gates(p, gates, distance, vectors, pack):
     return tuple(issue(p + g * distance, vectors, 1, 16, pack) for g in range(gates))
 
@@ -375,6 +395,7 @@ def load_emulated() -> SimpleNamespace:
         handover, lanes = (importlib.import_module(f"{alias}.{name}") for name in ("handover", "lanes"))
         handover.issue, handover.settle = issue, settle
         handover.issue_gates, handover.settle_gates = issue_gates, settle_gates
+        handover.settle_epoch, handover.with_epoch = settle_epoch, with_epoch
         handover.prefetch = lambda address: None
         lanes.round_operand, lanes.round_parameter = round_operand, round_parameter
         lanes.sigmoid, lanes.tanh = lambda x: made_by_gpu(torch.sigmoid(x)), lambda x: made_by_gpu(torch.tanh(x))

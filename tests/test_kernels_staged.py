@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import emulated
 import interpreted
@@ -68,12 +69,14 @@ class Case:
         self.gates = new(lanes, steps, batch, 4, hidden) if save_gates else None
         self.error, self.host = torch.full((4,), -1), torch.zeros(1, dtype=torch.int32)
         h0 = new(batch, 2 * hidden) if self.reverse else new(1, batch, hidden)
+        ring = new(2, plan.ring_rows(batch), lanes * hidden) if plan.ring else None
         grid, arguments = prepare.prepare_launch(
-            self.hx, self.host, self.LAUNCH_ID, self.out, None, h0, self.h_n, self.error, reverse=self.reverse
-        )
+            self.hx, self.host, self.LAUNCH_ID, self.out, ring, h0, self.h_n, self.error, reverse=self.reverse,
+            fill_out=ring is None, ring=ring is not None,
+        )  # fmt: skip
         prepare.prepare_kernel[grid](**arguments)
         grid, arguments = staged.staged_launch(
-            self.gi if self.reverse else self.gi[0], h0, None, [], self.w_hh, self.b_ih, self.b_hh,
+            self.gi if self.reverse else self.gi[0], h0, ring, [], self.w_hh, self.b_ih, self.b_hh,
             self.out, self.h_n, self.gates, self.error, plan=plan, units=self.units,
         )  # fmt: skip
         assert grid == (plan.programs(lanes, batch, hidden),)
@@ -136,6 +139,12 @@ CASES = [
     pytest.param(1, 2, 48, fp32, False, StagedPlan(16, 8, 1, 2, 1), id="one step"),
     pytest.param(1, 20, 64, fp16, True, StagedPlan(32, 8, 2, 1, 2), id="one step, two tiles"),
     pytest.param(1, 33, 64, fp16, False, StagedPlan(32, 8, 4, 1, 2), id="one step, four tiles"),
+]
+
+CASES += [
+    pytest.param(*case.values[:5], replace(case.values[5], ring=True), id=f"{case.id}, ring")
+    for case in CASES
+    if case.values[3] == fp32
 ]
 
 

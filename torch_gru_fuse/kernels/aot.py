@@ -247,10 +247,13 @@ def compile_whole_sequence(
         "staged": (staged.staged_launch, staged.staged_kernel),
     }[plan.kernel.name]
     w, b = new(3 * padded, padded), new(3 * padded)
+    below = new(lanes - 1, steps, batch, padded) if stack else None
+    if plan.kernel.name == "staged" and plan.kernel.ring:
+        below = new(2, plan.kernel.ring_rows(batch), lanes * padded)
     _, arguments = launch(
         new(*((2,) if reverse else ()), steps, batch, 3 * padded),
         new(batch, 2 * padded) if reverse and not resident_plan else new(lanes, batch, padded),
-        new(lanes - 1, steps, batch, padded) if stack else None,
+        below,
         [w] * (lanes - 1 if stack else 0), [w] * lanes, [b] * lanes if bias else None, [b] * lanes if bias else None,
         new(steps, batch, (2 if reverse else 1) * padded), new(lanes, batch, padded),
         new(lanes, steps, batch, 4, padded) if save_gates else None,
@@ -292,15 +295,17 @@ def compile_whole_sequence_backward(
 
 
 def compile_prepare(
-    dtype: torch.dtype, *, lanes: int, hidden: int, reverse: bool = False, states: bool = True, capability: int = 89
-) -> Resources:
+    dtype: torch.dtype, *, lanes: int, hidden: int, reverse: bool = False, states: bool = True, ring: bool = False,
+    capability: int = 89,
+) -> Resources:  # fmt: skip
     """`prepare_kernel`; hidden: any."""
     new = functools.partial(torch.empty, dtype=dtype, device="meta")
     steps, batch, padded = 3, 5, -(-hidden // 16) * 16
     _, arguments = prepare.prepare_launch(
         new(lanes, batch, hidden), new(1, dtype=torch.int32), 7, new(steps, batch, (2 if reverse else 1) * padded),
-        new(lanes - 1, steps, batch, padded), new(lanes, batch, padded) if states else None, new(lanes, batch, padded),
-        new(4, dtype=torch.int64), reverse=reverse,
+        new(2, batch + 3, lanes * padded) if ring else new(lanes - 1, steps, batch, padded),
+        new(lanes, batch, padded) if states else None, new(lanes, batch, padded), new(4, dtype=torch.int64), reverse=reverse,
+        fill_out=not ring, ring=ring,
     )  # fmt: skip
     return compile_launch(prepare.prepare_kernel, arguments, capability=capability)
 

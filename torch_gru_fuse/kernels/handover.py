@@ -6,6 +6,10 @@ it needs again and again until none of it is the pattern: one crossing, no fence
 prepared initial state, are waited for; ``prepare`` fills and prepares.  Programs wait for each other, hence the cooperative
 launch: all at once or none.
 
+float32 states that a product takes as tf32 leave bits unused, and nobody has to fill anything: they cross in a ring of two
+places, and the lowest bit of each says in which round it was written (``with_epoch``).  A place may be written again without
+asking: who writes the state after the next has read the next one of all others, who made it of the one that is overwritten.
+
 Every wait ends: a program that has waited for TIMEOUT ns of the GPU's clock, or sees that another has, sets the error flag,
 tells the host and goes on with NaN, and so do all others.  ``p_error`` is int64[4]: the flag, 0 before; the address of an
 int32 of the host; what to write there, not 0; and one that is not used.
@@ -35,6 +39,18 @@ def _tile_asm(vectors, k_vectors, vector_bytes, pack, element_bytes, timeout, se
     if settle:
         loads = _poll_asm(loads, outputs, element_bytes, False, timeout, f"${address + pack}")
     return loads, _constraints(outputs, pack, settle)
+
+
+@gluon.constexpr_function
+def _epoch_asm(vectors, k_vectors, pack, timeout):
+    """``_tile_asm`` to settle fp32 vectors of 16 bytes whose lowest bits say the epoch, an operand more."""
+    outputs, address = 4 * vectors, 8 * vectors
+    loads = ""
+    for i in range(vectors):
+        first = address + i // k_vectors * k_vectors * 4
+        loads += _load_asm(4 * i, 4, f"${first} + {i % k_vectors * 64}")
+    asm = _poll_asm(loads, outputs, 4, False, timeout, f"${address + pack}", f"${address + 2 * pack}")
+    return asm, _constraints(outputs, pack, True) + ",r" * pack
 
 
 @gluon.constexpr_function
@@ -71,9 +87,9 @@ def _constraints(outputs, pack, settle):
 
 
 @gluon.constexpr_function
-def _poll_asm(loads, outputs, element_bytes, whole_words, timeout, error):
+def _poll_asm(loads, outputs, element_bytes, whole_words, timeout, error, epoch=None):
     """Loads again until no element is all ones, then, for fp32, rounds to tf32 (half of the last kept bit is added; the product
-    drops the rest).
+    drops the rest).  epoch: or until it is the lowest bit of all; who wrote them has rounded.
 
     whole_words: who writes half precision does so in words of two, so a word is all there or not.  Reading the clock costs, so
     it is read at every 256th failure.  When the time is over the tile is NaN: the pattern is one, but rounding would make it 0.
@@ -83,18 +99,22 @@ def _poll_asm(loads, outputs, element_bytes, whole_words, timeout, error):
     test = ""
     for i in range(outputs):
         m = f"m{i % chains}"
-        if halves:  # a half-word of ones is a zero half-word of the complement y: (y - 1) & ~y has its top bit
+        if epoch is not None:  # m or (word xor epoch)
+            test += f"xor.b32 {m}, ${i}, {epoch};\n" if i < chains else f"lop3.b32 {m}, {m}, ${i}, {epoch}, 0xf6;\n"
+        elif halves:  # a half-word of ones is a zero half-word of the complement y: (y - 1) & ~y has its top bit
             test += f"sub.u32 m, 0xfffefffe, ${i};\nand.b32 m, m, ${i};\n"
             test += f"mov.b32 {m}, m;\n" if i < chains else f"or.b32 {m}, {m}, m;\n"
         else:
             test += f"mov.b32 {m}, ${i};\n" if i < chains else f"max.u32 {m}, {m}, ${i};\n"
     for i in range(1, chains):
-        test += f"{'or.b32' if halves else 'max.u32'} m0, m0, m{i};\n"
-    if halves:
+        test += f"{'or.b32' if halves or epoch is not None else 'max.u32'} m0, m0, m{i};\n"
+    if epoch is not None:
+        test += "and.b32 m0, m0, 1;\nsetp.ne.u32 p, m0, 0;\n"
+    elif halves:
         test += "and.b32 m0, m0, 0x80008000;\nsetp.ne.u32 p, m0, 0;\n"
     else:
         test += "setp.eq.u32 p, m0, 0xffffffff;\n"
-    rounding = "".join(f"add.u32 ${i}, ${i}, 0x1000;\n" for i in range(outputs)) if element_bytes == 4 else ""
+    rounding = "".join(f"add.u32 ${i}, ${i}, 0x1000;\n" for i in range(outputs)) if element_bytes == 4 and epoch is None else ""
     nothing = "".join(f"mov.b32 ${i}, 0x7fc00000;\n" for i in range(outputs)) if element_bytes == 4 else ""
     return f"""{{
 .reg .pred p, q;
@@ -146,6 +166,23 @@ def settle(
     return gl.inline_asm_elementwise(
         asm[0], asm[1], [b, p.to(gl.int64), p_error.to(gl.int64)], dtype=p.dtype.element_ty, is_pure=False, pack=pack
     )
+
+
+@gluon.jit
+def settle_epoch(
+    b, p, p_error, epoch, vectors: gl.constexpr, k_vectors: gl.constexpr, pack: gl.constexpr, TIMEOUT: gl.constexpr
+):
+    """The fp32 tile at p, as soon as all of it is of that epoch, 0 or 1; b is what ``issue`` saw."""
+    asm: gl.constexpr = _epoch_asm(vectors, k_vectors, pack, TIMEOUT)
+    return gl.inline_asm_elementwise(
+        asm[0], asm[1], [b, p.to(gl.int64), p_error.to(gl.int64), epoch], dtype=gl.float32, is_pure=False, pack=pack
+    )
+
+
+@gluon.jit
+def with_epoch(b_h, epoch):
+    """fp32 states rounded to tf32, as ``settle`` rounds, with an epoch, 0 or 1, in the lowest bit; NaN must be canonical."""
+    return (((b_h.to(gl.int32, bitcast=True) + 0x1000) & -0x2000) | epoch).to(gl.float32, bitcast=True)
 
 
 @gluon.constexpr_function

@@ -14,21 +14,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@triton.jit(do_not_specialize=["launch_id", "T", "B"])
+@triton.jit(do_not_specialize=["launch_id", "T", "B", "R"])
 def prepare_kernel(
     p_hx, p_host,
     p_out, p_below, p_h0, p_h_n, p_error,
-    launch_id, T, B,
+    launch_id, T, B, R,
     LANES: tl.constexpr, H: tl.constexpr, HX: tl.constexpr,
-    REVERSE: tl.constexpr, FILL_OUT: tl.constexpr, STATES: tl.constexpr,
+    REVERSE: tl.constexpr, FILL_OUT: tl.constexpr, STATES: tl.constexpr, RING: tl.constexpr,
     BLOCK: tl.constexpr, STATE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One of three things, by program.
 
     Fills a block of out [T, B, (2)H] (if FILL_OUT) or of below [LANES-1, T, B, H] with the pattern that says "not yet": all
     ones, which is a NaN.  Or, if STATES, fills a block of h_n [LANES, B, H] likewise and copies hx [LANES, B, HX] to h0, zeros
-    beyond HX and every NaN made the canonical one: [LANES, B, H], or, if REVERSE, [B, 2H].  The first program also writes the
-    error block: no error yet, where the host's word is, and what to write there.
+    beyond HX and every NaN made the canonical one: [LANES, B, H], or, if REVERSE, [B, 2H].  If RING, also to the first place
+    of a ring, below [2, R, LANES * H], as tf32 of epoch 1; the second place is of epoch 0, where 1 comes first.  The first
+    program also writes the error block: no error yet, where the host's word is, and what to write there.
 
     Bytes: the sequences once.  Bound by memory bandwidth, or by the launch.
     """
@@ -56,39 +57,46 @@ def prepare_kernel(
         o = (pid - out_blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         tl.store(p_below + o, tl.full((BLOCK,), -1, integer).to(dtype, bitcast=True), o < below_size)
     elif STATES:
-        o_h = (pid - out_blocks - below_blocks) * STATE_BLOCK + tl.arange(0, STATE_BLOCK)
-        m = o_h < LANES * B * H
-        row = o_h // H  # lane * B + batch
-        o_u = o_h % H
-        b_h = tl.load(p_hx + row * HX + o_u, m & (o_u < HX), 0.0).to(tl.float32)
+        o_s = (pid - out_blocks - below_blocks) * STATE_BLOCK + tl.arange(0, STATE_BLOCK)
+        l = o_s // (R * H)
+        o_b = o_s // H % R
+        o_u = o_s % H
+        m_ring = l < LANES
+        m = m_ring & (o_b < B)
+        o_h = (l * B + o_b) * H + o_u
+        b_h = tl.load(p_hx + (l * B + o_b) * HX + o_u, m & (o_u < HX), 0.0).to(tl.float32)
         b_h = tl.where(b_h != b_h, float("nan"), b_h)
         tl.store(p_h_n + o_h, tl.full((STATE_BLOCK,), -1, integer).to(dtype, bitcast=True), m)
-        if REVERSE:
-            o_h = row % B * (2 * H) + row // B * H + o_u
-        tl.store(p_h0 + o_h, b_h, m)
+        o_row = o_b * (LANES * H) + l * H + o_u
+        tl.store(p_h0 + (o_row if REVERSE else o_h), b_h, m)
+        if RING:
+            b_h = ((b_h.to(tl.int32, bitcast=True) + 0x1000) & -0x2000) | 1
+            tl.store(p_below + o_row, b_h.to(tl.float32, bitcast=True), m_ring)
+            tl.store(p_below + (R * (LANES * H) + o_row), 0.0, m_ring)
 
 
 _BLOCK, _STATE_BLOCK = 8192, 1024
 
 
 def prepare_constants(
-    *, lanes: int, hidden: int, inputs_hidden: int, reverse: bool, fill_out: bool, states: bool
+    *, lanes: int, hidden: int, inputs_hidden: int, reverse: bool, fill_out: bool, states: bool, ring: bool = False
 ) -> dict[str, Any]:
     """What selects the code of ``prepare_kernel``: its constants and options."""
     return dict(
-        LANES=lanes, H=hidden, HX=inputs_hidden, REVERSE=reverse, FILL_OUT=fill_out, STATES=states,
+        LANES=lanes, H=hidden, HX=inputs_hidden, REVERSE=reverse, FILL_OUT=fill_out, STATES=states, RING=ring,
         BLOCK=_BLOCK, STATE_BLOCK=_STATE_BLOCK, num_warps=4,
     )  # fmt: skip
 
 
 def prepare_grid(
-    *, steps: int, batch: int, lanes: int, hidden: int, reverse: bool, fill_out: bool, states: bool
-) -> tuple[int]:
-    """Programs of ``prepare_kernel``."""
+    *, steps: int, batch: int, rows: int, lanes: int, hidden: int, reverse: bool, fill_out: bool, states: bool,
+    ring: bool = False,
+) -> tuple[int]:  # fmt: skip
+    """Programs of ``prepare_kernel``; rows: of the ring, without one the batch."""
     blocks = -(-steps * batch * hidden * (2 if reverse else 1) // _BLOCK) if fill_out else 0
     if not reverse:
         blocks += -(-(lanes - 1) * steps * batch * hidden // _BLOCK)
-    return (max(1, blocks + (-(-lanes * batch * hidden // _STATE_BLOCK) if states else 0)),)
+    return (max(1, blocks + (-(-lanes * rows * hidden // _STATE_BLOCK) if states else 0)),)
 
 
 def prepare_launch(
@@ -103,23 +111,25 @@ def prepare_launch(
     *,
     reverse: bool,
     fill_out: bool = True,
+    ring: bool = False,
 ) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and arguments of ``prepare_kernel``; all tensors are contiguous.
 
     hx: [lanes, B, any H].  host: a word of the host, int32, that the GPU can write to, and launch_id, not 0, what it writes
     there when a wait runs out.  out, below, h0, h_n, error: as ``wavefront_launch`` takes them; h0 None: the kernel takes hx
-    itself.  fill_out: whether out is polled.
+    itself.  fill_out: whether out is polled.  ring: below is the ring of ``staged``, [2, rows, lanes * H].
     """
     lanes, batch, hidden = h_n.shape
-    sizes = dict(lanes=lanes, hidden=hidden, reverse=reverse, fill_out=fill_out, states=h0 is not None)
+    rows = below.shape[1] if ring else batch
+    sizes = dict(lanes=lanes, hidden=hidden, reverse=reverse, fill_out=fill_out, states=h0 is not None, ring=ring)
     assert hx.shape[:2] == (lanes, batch) and hx.shape[2] <= hidden and hidden % 16 == 0
     assert all(t is None or t.is_contiguous() for t in (hx, out, below, h0, h_n, error))
     arguments = dict(
         p_hx=hx, p_host=host, p_out=out, p_below=out if below is None else below, p_h0=hx if h0 is None else h0,
-        p_h_n=h_n, p_error=error, launch_id=launch_id, T=out.shape[0], B=batch,
+        p_h_n=h_n, p_error=error, launch_id=launch_id, T=out.shape[0], B=batch, R=rows,
         **prepare_constants(inputs_hidden=hx.shape[2], **sizes),
     )  # fmt: skip
-    return prepare_grid(steps=out.shape[0], batch=batch, **sizes), arguments
+    return prepare_grid(steps=out.shape[0], batch=batch, rows=rows, **sizes), arguments
 
 
 def fill_constants(*, hidden: int) -> dict[str, Any]:
@@ -129,9 +139,10 @@ def fill_constants(*, hidden: int) -> dict[str, Any]:
 
 def fill_grid(*, steps: int, batch: int, hidden: int) -> tuple[int]:
     """Its programs."""
-    return prepare_grid(steps=steps, batch=batch, lanes=1, hidden=hidden, reverse=False, fill_out=True, states=False)
+    sizes = dict(lanes=1, hidden=hidden, reverse=False, fill_out=True, states=False)
+    return prepare_grid(steps=steps, batch=batch, rows=batch, **sizes)
 
 
 def fill_arguments(sequence: Any, host: Any, launch_id: int, error: Any, *, steps: int, batch: int) -> tuple[Any, ...]:
     """Its other arguments, tensors or addresses: sequence [steps, batch, hidden]; host, launch_id and error as above."""
-    return sequence, host, sequence, sequence, sequence, sequence, error, launch_id, steps, batch
+    return sequence, host, sequence, sequence, sequence, sequence, error, launch_id, steps, batch, batch

@@ -17,7 +17,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from .handover import clear_beyond, issue, settle
+from .handover import clear_beyond, issue, settle, settle_epoch, with_epoch
 from .lanes import (
     add_slices,
     async_load,
@@ -150,6 +150,15 @@ def load_weights(p, m, layout: gl.constexpr):
     return gl.convert_layout(operand_order(b_w, p.dtype.element_ty.primitive_bitwidth // 8), layout)
 
 
+@gluon.jit
+def rows_to_read(o_b, B, RING: gl.constexpr):
+    """Rows of states, of which there are B or, in a ring, enough for all tiles."""
+    if RING:
+        return o_b
+    else:
+        return gl.minimum(o_b, B - 1)
+
+
 @gluon.jit(do_not_specialize=["T", "B"])
 def staged_kernel(
     p_gi, p_h0, p_below, p_w_ih, p_w_hh, p_b_ih, p_b_hh, p_masks, p_masked,
@@ -157,7 +166,7 @@ def staged_kernel(
     T, B,
     LANES: gl.constexpr, H: gl.constexpr, HX: gl.constexpr,
     U: gl.constexpr, N: gl.constexpr, TILES: gl.constexpr,
-    KS: gl.constexpr, MS: gl.constexpr, PIECES: gl.constexpr, SHARE: gl.constexpr,
+    KS: gl.constexpr, MS: gl.constexpr, PIECES: gl.constexpr, SHARE: gl.constexpr, RING: gl.constexpr,
     SAVE_GATES: gl.constexpr, TIMEOUT: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
@@ -169,9 +178,11 @@ def staged_kernel(
         h_t  = n + z * (h - n)
 
     gi = x W_i^T of each lane, [lanes, T, B, 3H], comes without bias.  Lane 1, if there are two, walks time backwards.  p_h0 and
-    p_out hold rows of all lanes side by side, [B, lanes * H] and [T, B, lanes * H]; p_out comes filled with the pattern.
-    p_h_n is [lanes, B, H].  p_below, p_w_ih and the masks, which only a stack has, are not used.  H is a multiple of 16; units
-    from HX on are padding and stay 0.
+    p_out hold rows of all lanes side by side, [B, lanes * H] and [T, B, lanes * H].  p_h_n is [lanes, B, H].  p_w_ih and the
+    masks, which only a stack has, are not used.  H is a multiple of 16; units from HX on are padding and stay 0.
+    States cross in p_out, which comes filled with the pattern, and p_below is not used.  Or, if RING, in p_below, [2, rows,
+    lanes * H] with the rows of all tiles: fp32, the state before step t at t % 2, as tf32, with the epoch (t / 2 + 1) % 2.
+    Whoever reads a row has to be waited for before it is written again, so no tile reads one of another.
     The warps: KS slices of k times MS along the units.  A tile of the state comes in PIECES along k: while one is multiplied
     the next is on its way.  With TILES > 1, then an even number, so is the next tile, and no one waits for the others.
     The fp32 states of more than two tiles are kept in shared memory.
@@ -225,8 +236,14 @@ def staged_kernel(
     stride_ot = sign * B * ROW_H
     stride_gt = sign * B * ROW_G
     stride_st = sign * B * (4 * H)
-    p_old = p_h0 + l * H  # the states before a step
-    p_new = p_out + l * (H + (steps - B) * ROW_H)  # and after it
+    p_first = p_h0 + l * H
+    p_to = p_out + l * (H + (steps - B) * ROW_H)
+    if RING:
+        p_old = p_below + l * H  # where the states before a step cross
+        p_new = p_old + gl.cast(PROGRAMS_B, gl.int64) * (TILES * N * ROW_H)  # and those after it
+    else:
+        p_old = p_first
+        p_new = p_to
     p_g = p_gi + l * ((2 * steps - B) * ROW_G)
     p_save = p_gates
     if SAVE_GATES:
@@ -267,14 +284,15 @@ def staged_kernel(
         s_carry = gl.allocate_shared_memory(gl.float32, [PAIRS_ALLOCATED * 2, U, N], gl.SwizzledSharedLayout(1, 1, 1, [0, 1]))
         for i_n in range(TILES):
             o_r = o_b + i_n * N
-            b_h0 = gl.load(p_old + (o_r * ROW_H + o_u), mask=m_u & (o_r < B), other=0.0)
+            b_h0 = gl.load(p_first + (o_r * ROW_H + o_u), mask=m_u & (o_r < B), other=0.0)
             s_carry.index(i_n).store(b_h0.to(gl.float32))
     else:
         for j in gl.static_range(PAIR):
-            b_h0 = gl.load(p_old + ((o_b + j * N) * ROW_H + o_u), mask=m_u & (o_b + j * N < B), other=0.0)
+            b_h0 = gl.load(p_first + ((o_b + j * N) * ROW_H + o_u), mask=m_u & (o_b + j * N < B), other=0.0)
             b_hs = b_hs + (b_h0.to(gl.float32),)
 
-    # The tile of the state [slices, batch, k].  Rows beyond the batch read its last row, vectors beyond H the first ones.
+    # The tile of the state [slices, batch, k].  Rows beyond the batch read its last row, but for a ring, vectors beyond H the
+    # first ones.
     o_ck = gl.expand_dims(gl.expand_dims(gl.arange(0, KP, gl.SliceLayout(0, gl.SliceLayout(1, copy))), 0), 1)
     o_cs = gl.expand_dims(gl.expand_dims(gl.arange(0, KS, gl.SliceLayout(1, gl.SliceLayout(2, copy))), 1), 2)
     o_cn = gl.expand_dims(gl.expand_dims(gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(2, copy))), 0), 2)
@@ -302,9 +320,10 @@ def staged_kernel(
     s_gi = (s_gi_r, s_gi_z, s_gi_n)
     fetch(s_gi, 0, p_g + (o_gn * ROW_G + o_gu), (o_gu < H) & (o_gn < B), H)
 
-    p_t = p_old + (gl.minimum(o_cn, B - 1) * ROW_H + o_first)
+    p_t = p_old + (rows_to_read(o_cn, B, RING) * ROW_H + o_first)
     b_t = issue(p_t, VECTORS, 1, 16, PACK)
     for t in range(T):
+        epoch = (t // 2 + 1) % 2
         for i in range(PAIRS):
             b_new_hs = ()
             for j in gl.static_range(PAIR):
@@ -319,9 +338,12 @@ def staged_kernel(
                 b_an = zero
                 for p in gl.static_range(PIECES):
                     if PAIR == 1 and p == 0:
-                        p_t = p_old + (gl.minimum(o_cn, B - 1) * ROW_H + o_first)
+                        p_t = p_old + (rows_to_read(o_cn, B, RING) * ROW_H + o_first)
                         b_t = issue(p_t, VECTORS, 1, 16, PACK)
-                    b_t = settle(b_t, p_t, p_error, VECTORS, 1, 16, PACK, TIMEOUT)
+                    if RING:
+                        b_t = settle_epoch(b_t, p_t, p_error, epoch, VECTORS, 1, PACK, TIMEOUT)
+                    else:
+                        b_t = settle(b_t, p_t, p_error, VECTORS, 1, 16, PACK, TIMEOUT)
                     b_t = clear_beyond(b_t, o_ck + p * KP < H, HP == H)
                     s_h = s_hs[(j * PIECES + p) % BUFFERS]
                     s_h.store(operand_order(b_t, BYTES))
@@ -336,10 +358,10 @@ def staged_kernel(
                     if p + 1 < PIECES:
                         o_piece = o_ck + (p + 1) * KP
                         o_piece = gl.where(o_piece < H, o_piece, o_piece % VECTOR)
-                        p_t = p_old + (gl.minimum(o_cn + tile * N, B - 1) * ROW_H + o_piece)
+                        p_t = p_old + (rows_to_read(o_cn + tile * N, B, RING) * ROW_H + o_piece)
                         b_t = issue(p_t, VECTORS, 1, 16, PACK)
                     elif PAIR > 1:
-                        p_t = gl.where(ends, p_new, p_old) + (gl.minimum(o_cn + after * N, B - 1) * ROW_H + o_first)
+                        p_t = gl.where(ends, p_new, p_old) + (rows_to_read(o_cn + after * N, B, RING) * ROW_H + o_first)
                         b_t = issue(p_t, VECTORS, 1, 16, PACK)
                     for f in gl.static_range(BLOCKS):
                         b_x = s_h.permute([0, 2, 1]).slice(f * KF, KF, 1).load(right)
@@ -374,7 +396,11 @@ def staged_kernel(
                     b_h = gl.where(o_u < HX, b_h, 0.0)
                 o_r = o_b + tile * N
                 m = m_u & (o_r < B)
-                gl.store(p_new + (o_r * ROW_H + o_u), b_h.to(dtype), mask=m)
+                if RING:
+                    gl.store(p_new + (o_r * ROW_H + o_u), with_epoch(b_h, ((t + 1) // 2 + 1) % 2), mask=m_u)
+                    gl.store(p_to + (o_r * ROW_H + o_u), b_h.to(dtype), mask=m)
+                else:
+                    gl.store(p_new + (o_r * ROW_H + o_u), b_h.to(dtype), mask=m)
                 if CARRY:
                     s_carry.index(tile).store(b_h)
                 else:
@@ -386,8 +412,14 @@ def staged_kernel(
                     gl.store(p_st + 2 * H, b_n.to(dtype), mask=m)
                     gl.store(p_st + 3 * H, b_an.to(dtype), mask=m)
             b_hs = b_new_hs
-        p_old = p_new
-        p_new += stride_ot
+        if RING:
+            p_then = p_old
+            p_old = p_new
+            p_new = p_then
+            p_to += stride_ot
+        else:
+            p_old = p_new
+            p_new += stride_ot
         p_g += stride_gt
         if SAVE_GATES:
             p_save += stride_st
@@ -409,7 +441,7 @@ def staged_constants(
     assert lanes == (2 if reverse else 1)
     return dict(
         LANES=lanes, H=hidden, HX=units, U=plan.units, N=plan.rows, TILES=plan.tiles,
-        KS=plan.slices, MS=plan.unit_warps, PIECES=plan.pieces, SHARE=plan.share,
+        KS=plan.slices, MS=plan.unit_warps, PIECES=plan.pieces, SHARE=plan.share, RING=plan.ring,
         SAVE_GATES=save_gates, TIMEOUT=timeout_ns,
         num_warps=plan.num_warps, maxnreg=most_registers(plan.num_warps), launch_cooperative_grid=True,
     )  # fmt: skip
@@ -432,9 +464,11 @@ def staged_launch(
     units: int | None = None,
     timeout_ns: int = 10_000_000_000,
 ) -> tuple[tuple[int], dict[str, Any]]:
-    """Grid and arguments of ``staged_kernel``: those of ``wavefront_launch`` for one layer."""
+    """Grid and arguments of ``staged_kernel``: those of ``wavefront_launch`` for one layer; below is a ring or None."""
     reverse = check_launch(gi, h0, below, w_ih, w_hh, out, h_n, gates)
     lanes, batch, hidden = h_n.shape
+    if plan.ring:
+        assert out.itemsize == 4 and below is not None and below.shape == (2, plan.ring_rows(batch), lanes * hidden)
     constants = staged_constants(
         plan, lanes=lanes, hidden=hidden, units=units or hidden, reverse=reverse, save_gates=gates is not None,
         timeout_ns=timeout_ns,

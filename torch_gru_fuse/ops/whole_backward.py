@@ -88,7 +88,7 @@ def _make_recipe(call: GRUCall, whole: WholeSequencePlan, has_dy: bool, has_dhn:
         kernel_grid=(whole.programs(B, H), 1, 1),
         run_fill=launch.launcher(
             prepare.prepare_kernel, device, prepare.fill_constants(hidden=4 * H),
-            [dtype, torch.int32, dtype, dtype, dtype, dtype, torch.int64, None, None, None],
+            [dtype, torch.int32, dtype, dtype, dtype, dtype, torch.int64, None, None, None, None],
         ),
         run_kernel=launch.launcher(
             kernel, device, constants_of(whole.kernel, lanes=lanes, hidden=H, reverse=reverse, timeout_ns=timeout), types

@@ -23,7 +23,7 @@ from torch_gru_fuse.kernels import launch, prepare, resident, staged, wavefront
 from torch_gru_fuse.ops import timeouts
 from torch_gru_fuse.ops.call import GRUCall
 from torch_gru_fuse.planner.plan import Plan
-from torch_gru_fuse.planner.whole_sequence import ResidentPlan, WholeSequencePlan
+from torch_gru_fuse.planner.whole_sequence import ResidentPlan, StagedPlan, WholeSequencePlan
 
 # By the name of a plan's kernel: kernel, its constants.
 _KERNELS = {
@@ -50,6 +50,8 @@ class _Recipe:
         size_each: bytes of an element.
         state_bytes: of an initial state as the kernel wants it, 0 where it takes the caller's.
         below_bytes: of the sequences of all lanes but the highest.
+        ring_rows: of the ring in which states cross, B where there is none.
+        ring_bytes: of it, 0 where there is none.
         handed_bytes: of the same after dropout, if there is any.
         run_prepare, run_kernel: to be called with addresses.
         word, launch_id: for the error block.
@@ -66,6 +68,8 @@ class _Recipe:
     size_each: int
     state_bytes: int
     below_bytes: int
+    ring_rows: int
+    ring_bytes: int
     handed_bytes: int
     prepare_grid: tuple[int, int, int] | None  # None: nothing to prepare
     kernel_grid: tuple[int, int, int]
@@ -81,7 +85,7 @@ class _Recipe:
         """
         if self.prepare_grid is None:
             return 0
-        return _ERROR_BYTES + self.state_bytes + (self.below_bytes if below else 0) + self.handed_bytes
+        return _ERROR_BYTES + self.state_bytes + self.ring_bytes + (self.below_bytes if below else 0) + self.handed_bytes
 
     def launch(
         self, gi: int, hx: int, params: Sequence[int], out: int, h_n: int, workspace: int,
@@ -97,7 +101,10 @@ class _Recipe:
         end = h0 + self.state_bytes
         if gates is None:
             gates = out
-        if not self.below_bytes:
+        if self.ring_bytes:
+            below = end
+            end += self.ring_bytes
+        elif not self.below_bytes:
             below = out
         elif below is None:
             below = end
@@ -111,7 +118,7 @@ class _Recipe:
         stream = driver.active.get_current_stream(self.device)
         if self.prepare_grid is not None:
             for sequences in (below,) if handed is None else (below, handed):
-                values = (hx, self.word, out, sequences, h0, h_n, workspace, self.launch_id, T, B)
+                values = (hx, self.word, out, sequences, h0, h_n, workspace, self.launch_id, T, B, self.ring_rows)
                 self.run_prepare(self.prepare_grid, stream, values, aligned)
         values = (
             gi, h0 if self.state_bytes else hx, below, w_above, w_hh, b_ih, b_hh, masks, handed, out, h_n, gates, workspace,
@@ -148,7 +155,11 @@ def _make_recipe(call: GRUCall, whole: WholeSequencePlan, save: bool) -> _Recipe
     timeout = timeouts.timeout_ns()
     # resident takes hx itself, and nobody but the lane above polls its sequences
     polls_own = not isinstance(whole.kernel, ResidentPlan)
-    sizes: dict[str, Any] = dict(lanes=lanes, hidden=padded, reverse=reverse, fill_out=polls_own, states=polls_own)
+    ring = isinstance(whole.kernel, StagedPlan) and whole.kernel.ring
+    sizes: dict[str, Any] = dict(
+        lanes=lanes, hidden=padded, reverse=reverse, fill_out=polls_own and not ring, states=polls_own, ring=ring
+    )
+    rows = whole.kernel.ring_rows(B) if ring else B
     n_biases = (dtype, lanes) if call.has_biases else None
     below_bytes = (lanes - 1) * T * B * padded * dtype.itemsize if stack else 0
     masked = stack and call.dropout_masks is not None
@@ -157,7 +168,7 @@ def _make_recipe(call: GRUCall, whole: WholeSequencePlan, save: bool) -> _Recipe
         dtype, dtype, dtype, (dtype, max(1, lanes - 1) if stack else 1), (dtype, lanes), n_biases, n_biases, masks, masks,
         dtype, dtype, dtype, torch.int64, None, None,
     ]  # fmt: skip
-    prepare_types = [dtype, torch.int32, dtype, dtype, dtype, dtype, torch.int64, None, None, None]
+    prepare_types = [dtype, torch.int32, dtype, dtype, dtype, dtype, torch.int64, None, None, None, None]
     described = timeouts.Call(
         "gru",
         f"T={T}, B={B}, I={I}, H={H}, num_layers={call.L}, bidirectional={reverse}, {str(dtype).removeprefix('torch.')}",
@@ -176,8 +187,10 @@ def _make_recipe(call: GRUCall, whole: WholeSequencePlan, save: bool) -> _Recipe
         size_each=dtype.itemsize,
         state_bytes=lanes * B * padded * dtype.itemsize if polls_own else 0,
         below_bytes=below_bytes,
+        ring_rows=rows,
+        ring_bytes=2 * lanes * rows * padded * 4 if ring else 0,
         handed_bytes=below_bytes if masked else 0,
-        prepare_grid=(*prepare.prepare_grid(steps=T, batch=B, **sizes), 1, 1) if polls_own or stack else None,
+        prepare_grid=(*prepare.prepare_grid(steps=T, batch=B, rows=rows, **sizes), 1, 1) if polls_own or stack else None,
         kernel_grid=(grid, 1, 1),
         run_prepare=launch.launcher(
             prepare.prepare_kernel, device, prepare.prepare_constants(inputs_hidden=padded, **sizes), prepare_types

@@ -25,6 +25,7 @@ from torch_gru_fuse.planner.whole_sequence import (
     StagedPlan,
     WavefrontPlan,
     WholeSequencePlan,
+    crosses_in_ring,
     plan_resident,
     plan_whole_sequence,
 )
@@ -309,7 +310,8 @@ def _staged(
                 # less than a vector a thread would be read twice, more than so many registers spill
                 if not _VECTOR_BYTES * 256 <= tile_bytes <= 4 * 256 * _MOST_IN_FLIGHT or slice_bytes // pieces < 128:
                     continue
-                plan = StagedPlan(units, rows, tiles, slices, unit_warps, pieces, share)
+                ring = crosses_in_ring(padded, tiles, element_bytes)
+                plan = StagedPlan(units, rows, tiles, slices, unit_warps, pieces, share, ring)
                 if tiles <= 32 and plan.shared_bytes(hidden, element_bytes) <= shared_bytes:
                     found.append(plan)
                     break
