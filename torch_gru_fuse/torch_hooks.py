@@ -116,6 +116,29 @@ def register_vmap(
     library.impl(name, composite, "Batched")
 
 
+def new_unbacked_size(minimum: int, maximum: int | None = None) -> Any:
+    """In a fake implementation: a size that depends on data, between two known bounds.
+
+    As `torch.library.get_ctx().new_dynamic_size()`, which takes `torch._dynamo.config.capture_dynamic_output_shape_ops` to be
+    for every op of a graph, and refuses by its default.
+    """
+    context = torch.library.get_ctx()
+    shape_env = context._shape_env
+    if shape_env is None:
+        return context.new_dynamic_size(min=minimum, max=maximum)  # raises what is to be raised
+    from torch.fx.experimental.symbolic_shapes import _constrain_range_for_size
+
+    size = shape_env.create_unbacked_symint()
+    _constrain_range_for_size(size, min=minimum, max=maximum)
+    return size
+
+
+#: What torch.nn.utils.rnn's functions call: ``pack_padded(input, lengths, batch_first)`` and
+#: ``pad_packed(data, batch_sizes, batch_first, padding_value, total_length)``.
+pack_padded = torch._VF._pack_padded_sequence
+pad_packed = torch._VF._pad_packed_sequence
+
+
 _AUTOCAST_KEYS = {
     "cpu": torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU),
     "cuda": torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA),
@@ -262,7 +285,7 @@ def _cudnn_weight_buffer(
     x: Tensor, hx: Tensor, params: list[Tensor], has_biases: bool, layers: int, bidirectional: bool
 ) -> Tensor:
     """All weights in cuDNN's buffer: the module's own where `flatten_parameters` made them one, otherwise a copy."""
-    order, total = _cudnn_weight_layout(x.shape[2], hx.shape[2], layers, bidirectional, has_biases, x.dtype, x.device)
+    order, total = _cudnn_weight_layout(x.shape[-1], hx.shape[2], layers, bidirectional, has_biases, x.dtype, x.device)
     first = params[order[0]]
     storage = first.untyped_storage()
     end = first.data_ptr()
@@ -278,20 +301,20 @@ def _cudnn_weight_buffer(
 
 
 def cudnn_gru_forward(
-    x: Tensor, hx: Tensor, params: list[Tensor], has_biases: bool, layers: int, bidirectional: bool
+    x: Tensor, hx: Tensor, params: list[Tensor], has_biases: bool, layers: int, bidirectional: bool, step_sizes: list[int]
 ) -> CudnnGRU:
-    """cuDNN's training forward: x [T, B, I], hx [L*D, B, H]."""
+    """cuDNN's training forward: x [T, B, I], hx [L*D, B, H]; with `step_sizes`, the rows of each step, x is packed [N, I]."""
     buffer = _cudnn_weight_buffer(x, hx, params, has_biases, layers, bidirectional)
     output, h_n, _, reserve, _ = torch._cudnn_rnn(
         x.contiguous(), params, 4 if has_biases else 2, buffer, hx.contiguous(), None, _CUDNN_GRU, hx.shape[2], 0, layers,
-        False, 0.0, True, bidirectional, [], None,
+        False, 0.0, True, bidirectional, step_sizes, None,
     )  # fmt: skip
     return CudnnGRU(output, h_n, reserve)
 
 
 def cudnn_gru_backward(
     grad_output: Tensor | None, grad_h_n: Tensor | None, x: Tensor, hx: Tensor, params: list[Tensor], has_biases: bool,
-    layers: int, bidirectional: bool, output: Tensor, reserve: Tensor, *, need_weights: bool,
+    layers: int, bidirectional: bool, step_sizes: list[int], output: Tensor, reserve: Tensor, *, need_weights: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:  # fmt: skip
     """Gradients of x, hx and params; writes into `reserve`."""
     buffer = _cudnn_weight_buffer(x, hx, params, has_biases, layers, bidirectional)
@@ -299,7 +322,7 @@ def cudnn_gru_backward(
         x.contiguous(), params, 4 if has_biases else 2, buffer, hx.contiguous(), None, output.contiguous(),
         torch.zeros_like(output) if grad_output is None else grad_output.contiguous(),
         None if grad_h_n is None else grad_h_n.contiguous(), None, _CUDNN_GRU, hx.shape[2], 0, layers, False, 0.0, True,
-        bidirectional, [], None, reserve, [True, True, False, need_weights],
+        bidirectional, step_sizes, None, reserve, [True, True, False, need_weights],
     )  # fmt: skip
     if not need_weights:
         return d_x, d_hx, [None] * len(params)
