@@ -31,6 +31,7 @@ TORCH_LIBRARY(torch_gru_fuse, m) {
       "gru_packed_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor data, Tensor batch_sizes, Tensor hx, "
       "Tensor[] params, bool has_biases, int num_layers, bool bidirectional, Tensor? dropout_masks, Tensor output, "
       "Tensor reserve, bool[] needs) -> Tensor[]");
+  m.def("lengths_tensor(SymInt[] lengths) -> Tensor");
   m.def("pack_padded(Tensor input, Tensor lengths, bool batch_first) -> (Tensor, Tensor)");
   m.def(
       "pad_packed(Tensor data, Tensor batch_sizes, bool batch_first, Scalar padding_value, SymInt? total_length, "

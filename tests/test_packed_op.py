@@ -204,6 +204,7 @@ def test_opcheck_of_packing_and_padding(batch_first):
         opcheck(ops.pad_packed.default, (data, sizes, batch_first, -1.0, total_length, batch))
     opcheck(ops.unpad.default, (x, sizes, batch_first, data.shape[0]))
     opcheck(ops.packed_zeros.default, (data.detach(), sizes, 2, 4))
+    opcheck(ops.lengths_tensor.default, ([4, 4, 2],))
 
 
 def test_gradgradcheck():

@@ -7,7 +7,7 @@ of each is one of the others:
     pad_packed    its inverse, with a value for padding   gradient: unpad
     unpad         pack_padded with sizes that are known   gradient: pad_packed with zeros
 
-`packed_zeros` is the first state of a GRU to which none is given.
+`packed_zeros` is the first state of a GRU to which none is given, `lengths_tensor` makes lengths in a list a tensor.
 """
 
 from __future__ import annotations
@@ -56,6 +56,11 @@ def _packed_zeros(data: Tensor, batch_sizes: Tensor, states: int, hidden: int) -
     return data.new_zeros(states, sizes[0], hidden)
 
 
+def _lengths_tensor(lengths: list[int]) -> Tensor:
+    return torch.tensor(lengths, dtype=torch.int64, device="cpu")
+
+
+library.impl("lengths_tensor", _lengths_tensor, "CompositeExplicitAutograd")
 for _name, _function in (
     ("pack_padded", _pack_padded), ("pad_packed", _pad_packed), ("unpad", _unpad), ("packed_zeros", _packed_zeros),
 ):  # fmt: skip

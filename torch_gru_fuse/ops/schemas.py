@@ -119,6 +119,9 @@ def _(grad_output, grad_h_n, input, hx, params, has_biases, num_layers, bidirect
 #
 # data [N, I] holds, step by step, the sequences that are not over, longest first; batch_sizes [T] (on the CPU) says how many
 # each step has.  hx, h_n and params are those of `gru`.
+#
+# These ops and those below read sizes on the host.  A CUDA graph would keep what it was recorded with: none must hold them.
+_UNSAFE = torch.Tag.cudagraph_unsafe
 
 library.define(
     "gru_packed(Tensor data, Tensor batch_sizes, Tensor hx, Tensor[] params, bool has_biases, int num_layers, "
@@ -127,7 +130,8 @@ library.define(
 
 library.define(
     "gru_packed_forward(Tensor data, Tensor batch_sizes, Tensor hx, Tensor[] params, bool has_biases, int num_layers, "
-    "bool bidirectional, Tensor? dropout_masks, bool save, *, bool recompute=False) -> (Tensor, Tensor, Tensor)"
+    "bool bidirectional, Tensor? dropout_masks, bool save, *, bool recompute=False) -> (Tensor, Tensor, Tensor)",
+    tags=(_UNSAFE,),
 )
 
 
@@ -163,7 +167,8 @@ def _(data, batch_sizes, hx, params, has_biases, num_layers, bidirectional, drop
 library.define(
     "gru_packed_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor data, Tensor batch_sizes, Tensor hx, "
     "Tensor[] params, bool has_biases, int num_layers, bool bidirectional, Tensor? dropout_masks, Tensor output, "
-    "Tensor reserve, bool[] needs) -> Tensor[]"
+    "Tensor reserve, bool[] needs) -> Tensor[]",
+    tags=(_UNSAFE,),
 )
 
 
@@ -178,7 +183,16 @@ def _(grad_output, grad_h_n, data, batch_sizes, hx, params, has_biases, num_laye
 # Sizes that depend on lengths are new symbols of a graph.  `batch` is the number of sequences where the caller knows it;
 # without it, it is read from batch_sizes and one more such symbol.
 
-_DYNAMIC = (torch.Tag.dynamic_output_shape,)
+# A tensor of lengths that a model got as a list, whose elements may be symbols; `torch.as_tensor` makes them constants.
+library.define("lengths_tensor(SymInt[] lengths) -> Tensor")
+
+
+@torch.library.register_fake(f"{NAMESPACE}::lengths_tensor", lib=library)
+def _(lengths):
+    return torch.empty(len(lengths), dtype=torch.int64, device="cpu")
+
+
+_DYNAMIC = (torch.Tag.dynamic_output_shape, _UNSAFE)
 
 library.define("pack_padded(Tensor input, Tensor lengths, bool batch_first) -> (Tensor, Tensor)", tags=_DYNAMIC)
 
@@ -208,7 +222,7 @@ def _(data, batch_sizes, batch_first, padding_value, total_length, batch):
 
 
 # The rows of pad_packed's result that are not padding: `rows` of them, what pad_packed was given.
-library.define("unpad(Tensor padded, Tensor batch_sizes, bool batch_first, SymInt rows) -> Tensor")
+library.define("unpad(Tensor padded, Tensor batch_sizes, bool batch_first, SymInt rows) -> Tensor", tags=(_UNSAFE,))
 
 
 @torch.library.register_fake(f"{NAMESPACE}::unpad", lib=library)

@@ -1,6 +1,6 @@
 """What Dynamo traces in the place of PyTorch's functions for packed sequences, of which it can trace none.
 
-PyTorch's own read lengths on the way (`int(batch_sizes[0])`, sizes that are sums of lengths).  These hold one op of this package
+PyTorch's own read lengths on the way (`int(batch_sizes[0])`, sizes that are sums of lengths).  These hold an op of this package
 where that happens, whose result has a size of its own in the graph; otherwise they do what the originals do.
 
 Each takes `batch`, the number of sequences if the graph knows it, and returns it beside its result: then results have the
@@ -30,6 +30,10 @@ def pack_padded_sequence(
     """`torch.nn.utils.rnn.pack_padded_sequence`."""
     if isinstance(lengths, Tensor):
         lengths = lengths.to(dtype=torch.int64)
+    elif isinstance(lengths, (list, tuple)) and all(isinstance(length, int) for length in lengths):
+        lengths = torch.ops.torch_gru_fuse.lengths_tensor(lengths)
+    elif isinstance(lengths, (list, tuple)) and all(isinstance(length, Tensor) for length in lengths):
+        lengths = torch.stack([length.reshape(()) for length in lengths]).to(dtype=torch.int64, device="cpu")
     else:
         lengths = torch.as_tensor(lengths, dtype=torch.int64, device="cpu")
     batch_dim = 0 if batch_first else 1
