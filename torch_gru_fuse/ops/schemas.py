@@ -138,7 +138,7 @@ library.define(
 def packed_reserve_size(N: int, T: int, B: int, H: int, L: int, D: int, *, cuda: bool, bytes_each: int) -> int:
     """Elements that `gru_packed_forward` saves: as `reserve_size`, for N rows.
 
-    Only cuDNN takes room for all of T*B rows, by the sizes that it is given.
+    What cuDNN takes depends on T and B and not on lengths (cudnnGetRNNTempSpaceSizes), so on CUDA there is room for T*B rows.
     """
     outputs = (L - 1) * N * D * H
     if cuda:
