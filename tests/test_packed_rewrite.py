@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import torch_gru_fuse
+from torch_gru_fuse.backend import gru_fuse
 from torch_gru_fuse.ops import packed_path
 from torch_gru_fuse.passes.rewrite import rewrite
 
@@ -307,6 +308,24 @@ def test_activation_checkpointing(enabled):
     assert_same(value_and_grads(compiled, args, [*model.parameters()]), expected, TOLERANCE)
 
 
+def test_what_is_known_inside_of_a_checkpoint_stays_there(enabled):
+    """The number of sequences comes from h0, of which there is one inside; outside packed data comes without."""
+    rnn = nn.GRU(5, 6)
+
+    def function(packed, h):
+        def inside(data, sizes, h):
+            result, h = rnn(PackedSequence(data, sizes), h)
+            return result.data, h
+
+        data, h = torch.utils.checkpoint.checkpoint(inside, packed.data, packed.batch_sizes, h, use_reentrant=False)
+        return pad_packed_sequence(PackedSequence(data, packed.batch_sizes)), h
+
+    args = pack_padded_sequence(*batch()), torch.randn(1, 4, 6)
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=rewriting)
+    params = [*rnn.parameters()]
+    assert_same(value_and_grads(compiled, args, params), value_and_grads(function, args, params), TOLERANCE)
+
+
 def test_recompute():
     with torch_gru_fuse.enable(recompute=True):
         model, args = Tagger(num_layers=2), batch()
@@ -330,7 +349,7 @@ def test_dtypes(enabled, dtype):
 def test_own_backend():
     model, args = Tagger(), batch()
     with torch.no_grad():
-        result, counts = counted(lambda: torch.compile(model, backend="gru_fuse", fullgraph=True)(*args))
+        result, counts = counted(lambda: torch.compile(model, backend=gru_fuse, fullgraph=True)(*args))
         assert_same(tensors(result), tensors(model(*args)), TOLERANCE)
     assert counts == {"gru_forward": 1}
     assert not torch_gru_fuse.is_enabled() and breaks(model, *args)

@@ -537,18 +537,23 @@ class DynamoHook:
         from torch._dynamo.variables.base import VariableTracker
 
         def node_of(sequence: Any) -> torch.fx.Node:
-            return sequence.realize().var_getattr(tx, "batch_sizes").as_proxy().node
+            _, batch_sizes, *_ = sequence.realize().unpack_var_sequence(tx)
+            return batch_sizes.as_proxy().node
 
-        # By the node of batch_sizes, for as long as the graph is in the making: how many sequences there are.
-        batches: dict[torch.fx.Node, Any] = vars(tx.output).setdefault("torch_gru_fuse_batches", {})
-        known = [batches[node_of(p)] for p in packed if node_of(p) in batches]
+        # For as long as the graph is in the making: how many sequences there are, by the graph that says so and by the node of
+        # batch_sizes.  Bodies of checkpoint and the like know what is known around them, but not the other way round.
+        batches: dict[tuple[Any, torch.fx.Node], Any] = vars(tx.output).setdefault("torch_gru_fuse_batches", {})
+        tracers = [tracer := tx.output.current_tracer]
+        while tracers[-1].parent is not None:
+            tracers.append(tracers[-1].parent)
+        known = [batches[key] for p in packed for key in ((t, node_of(p)) for t in tracers) if key in batches]
         if known:
             kwargs = {**kwargs, "batch": known[0]}
         pair = VariableTracker.build(tx, replacement).call_function(tx, list(args), kwargs)
         result, batch = pair.unpack_var_sequence(tx)
         if not batch.is_python_constant() or batch.as_python_constant() is not None:
             for sequence in (*packed, *([result] if _is_packed_sequence(result) else [])):
-                batches[node_of(sequence)] = batch
+                batches[tracer, node_of(sequence)] = batch
         return result
 
     def _install_shape_rule(self, op: Any, shape_rule: Callable[..., tuple[Tensor, Tensor]]) -> None:

@@ -12,6 +12,8 @@ of each is one of the others:
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -48,7 +50,12 @@ def _unpad(padded: Tensor, batch_sizes: Tensor, batch_first: bool, rows: int) ->
     sizes = check_batch_sizes("unpad", batch_sizes, rows)
     if batch_first:
         padded = padded.transpose(0, 1)
-    return torch.cat([step[:size] for step, size in zip(padded, sizes, strict=False)])
+    pieces, t = [], 0
+    for size, steps in itertools.groupby(sizes):
+        count = len(list(steps))
+        pieces.append(padded[t : t + count, :size].flatten(0, 1))
+        t += count
+    return torch.cat(pieces)
 
 
 def _packed_zeros(data: Tensor, batch_sizes: Tensor, states: int, hidden: int) -> Tensor:
