@@ -14,14 +14,15 @@ pytestmark = pytest.mark.versions
 
 def no_hook_of_ours():
     from torch._dynamo.variables.builder import VariableBuilder
-    from torch._dynamo.variables.functions import SkipFunctionVariable, UserFunctionVariable
+    from torch._dynamo.variables.functions import SkipFunctionVariable, UserFunctionVariable, UserMethodVariable
     from torch._inductor import compile_fx
 
     keys = (torch._C.DispatchKey.Autograd, torch._C.DispatchKey.CompositeImplicitAutograd)
-    gru = torch.ops.aten.gru
+    kernels = [op.py_kernels for op in (torch.ops.aten.gru.input, torch.ops.aten.gru.data)]
+    callables = (SkipFunctionVariable, UserFunctionVariable, UserMethodVariable)
     return (
-        VariableBuilder.wrap_module, compile_fx.compile_fx, SkipFunctionVariable.call_function,
-        UserFunctionVariable.call_function, *(op.py_kernels[key] for op in (gru.input, gru.data) for key in keys),
+        VariableBuilder.wrap_module, compile_fx.compile_fx, *(kind.call_function for kind in callables),
+        *(of_op[key] for of_op in kernels for key in keys),
     )  # fmt: skip
 
 

@@ -505,10 +505,14 @@ class DynamoHook:
 
     def _install_packed_functions(self) -> None:
         # torch.nn.utils.rnn's are functions that Dynamo skips, methods of nn.GRU functions that it traces.
-        from torch._dynamo.variables.functions import SkipFunctionVariable, UserFunctionVariable
+        from torch._dynamo.variables.functions import SkipFunctionVariable, UserFunctionVariable, UserMethodVariable
 
         if not self._packed_functions:
             return
+
+        def traced_function(variable: Any) -> Callable[..., Any] | None:
+            variable = getattr(variable, "im_func", variable)  # of a method, from torch 2.15 on
+            return variable.fn if isinstance(variable, UserFunctionVariable) else None
 
         def put(kind: type, function_of: Callable[[Any], Any], self_args: Callable[[Any], list[Any]]) -> None:
             original = kind.call_function
@@ -529,7 +533,8 @@ class DynamoHook:
             self._undo.append(lambda: setattr(kind, "call_function", original))
 
         put(SkipFunctionVariable, lambda variable: variable.value, lambda variable: [])
-        put(UserFunctionVariable, lambda variable: variable.fn, lambda variable: variable.self_args())
+        for kind in (UserFunctionVariable, UserMethodVariable):
+            put(kind, traced_function, lambda variable: variable.self_args())
 
     def _trace_replacement(
         self, replacement: Callable[..., Any], tx: Any, packed: list[Any], args: Sequence[Any], kwargs: dict[str, Any]
