@@ -25,6 +25,21 @@ def gru_args(
     return x, hx, params, bias, L, dropout, train, bidirectional, batch_first
 
 
+def packed_args(
+    lengths=(5, 3, 3, 1), I=4, H=6, L=2, *, bidirectional=False, bias=True, dropout=0.0, train=False, dtype=torch.float32,
+    device="cpu", requires_grad=True,
+):  # fmt: skip
+    """The nine arguments of torch.gru's overload for packed data, random; lengths do not increase."""
+    _, _, params, *flags = gru_args(
+        1, 1, I, H, L, bidirectional=bidirectional, bias=bias, dropout=dropout, train=train, dtype=dtype, device=device,
+        requires_grad=requires_grad,
+    )  # fmt: skip
+    options = {"dtype": dtype, "device": device, "requires_grad": requires_grad}
+    batch_sizes = torch.tensor([sum(length > t for length in lengths) for t in range(lengths[0])])
+    data, hx = torch.randn(sum(lengths), I, **options), torch.randn(L * (1 + bidirectional), len(lengths), H, **options)
+    return data, batch_sizes, hx, params, *flags[:-1]
+
+
 def cell_args(B=3, I=4, H=6, *, bias=True, dtype=torch.float32, device="cpu", requires_grad=True):
     """The six arguments of torch.gru_cell, random."""
     module = torch.nn.GRUCell(I, H, bias=bias, dtype=dtype, device=device)

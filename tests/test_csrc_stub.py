@@ -36,7 +36,8 @@ def test_cpp_states_the_schemas_that_python_registers():
 def test_the_ops_for_users_take_the_arguments_of_torch():
     """Types in order; of torch.gru and torch.gru_cell.  What they do not know can only be given by name."""
     stated = _stated_in_cpp()
-    for name, aten in (("gru", torch.ops.aten.gru.input), ("gru_cell", torch.ops.aten.gru_cell.default)):
+    gru, gru_cell = torch.ops.aten.gru, torch.ops.aten.gru_cell
+    for name, aten in (("gru", gru.input), ("gru_packed", gru.data), ("gru_cell", gru_cell.default)):
         ours = torch._C.parse_schema(stated[name])
         assert [str(a.type) for a in ours.arguments if not a.kwarg_only] == [str(a.type) for a in aten._schema.arguments]
         assert [str(r.type) for r in ours.returns] == [str(r.type) for r in aten._schema.returns]

@@ -67,7 +67,8 @@ def reference(x, hx, params, bias, L, bidirectional, masks, grads):
     return [o.float() for o in outputs], [g.float() for g in gradients]
 
 
-def cudnn_forward(x, hx, params, has_biases, layers, bidirectional):
+def cudnn_forward(x, hx, params, has_biases, layers, bidirectional, step_sizes):
+    assert not step_sizes
     output, h_n = torch.gru(x, hx, params, has_biases, layers, 0.0, False, bidirectional, False)
     # A reserve of the size that cuDNN asks for, with a mark that shows whether it comes back.
     T, B, H, D = *x.shape[:2], hx.shape[2], 2 if bidirectional else 1
@@ -77,7 +78,7 @@ def cudnn_forward(x, hx, params, has_biases, layers, bidirectional):
 
 
 def cudnn_backward(
-    grad_output, grad_h_n, x, hx, params, has_biases, layers, bidirectional, output, reserve, *, need_weights
+    grad_output, grad_h_n, x, hx, params, has_biases, layers, bidirectional, step_sizes, output, reserve, *, need_weights
 ):  # fmt: skip
     mark = int(abs(float(output.sum())) * 1e4) % 251
     assert (reserve[:256] == mark).all()

@@ -347,28 +347,6 @@ def test_eager_is_untouched(enabled):
     assert calls == {}
 
 
-# ---- packed sequences ---------------------------------------------------------------------------------------------------
-
-
-def test_packed_sequence_runs_as_without_the_package(enabled):
-    class Packed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.rnn = nn.GRU(5, 6)
-
-        def forward(self, x, lengths):
-            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
-            return nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0])[0]
-
-    model, args = Packed(), (torch.randn(4, 3, 5), torch.tensor([2, 4, 3]))
-    assert breaks(model, *args)
-    assert_same([torch.compile(model)(*args)], [model(*args)], TOLERANCE)
-    packed = nn.utils.rnn.pack_padded_sequence(*args, enforce_sorted=False)
-    assert breaks(model.rnn, packed)
-    assert_same(tensors(torch.compile(model.rnn)(packed)), tensors(model.rnn(packed)), TOLERANCE)
-    assert torch_gru_fuse.rewrites() == []
-
-
 # ---- a user's own passes ------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule
 
 import torch_gru_fuse
-from torch_gru_fuse.passes.guards import GUARDS, why_not
+from torch_gru_fuse.passes.guards import GUARDS, SIGNATURES, why_not
 from torch_gru_fuse.passes.rewrite import rewrite
 
 
@@ -162,14 +162,30 @@ def test_guard_refuses_tensor_subclasses():
 
 
 @pytest.mark.parametrize("target", [torch.gru, torch.ops.aten.gru.data])
-def test_guard_refuses_packed_sequences(target):
+@pytest.mark.parametrize("keywords", [False, True])
+def test_the_overload_for_packed_sequences_has_an_op_of_its_own(target, keywords):
     gm = graph_with_gru()
     call = the_call(gm)
     x, h, weights, *flags = call.args
     call.target = target
     call.args = (x, x, h, weights, *flags[:-1])  # data, batch_sizes, hx, params, ...
+    expected = call.args
+    if keywords:
+        call.kwargs = dict(zip(SIGNATURES["gru_packed"], call.args, strict=True))
+        call.args = ()
+    assert rewrite(gm) == 1
+    [fused] = [node for node in gm.graph.nodes if node.target is torch.ops.torch_gru_fuse.gru_packed.default]
+    assert fused.args == expected
+    assert str(torch_gru_fuse.rewrites()[0]) == "torch.gru in a function -> torch_gru_fuse.gru_packed"
+
+
+def test_guard_refuses_parameters_that_are_no_list():
+    gm = graph_with_gru()
+    call = the_call(gm)
+    x, h, _, *flags = call.args
+    call.args = (x, h, x, *flags)
     assert rewrite(gm) == 0
-    assert "PackedSequence" in torch_gru_fuse.rewrites()[0].reason
+    assert "its parameters are not a list" in torch_gru_fuse.rewrites()[0].reason
 
 
 def test_guard_refuses_calls_it_does_not_know():

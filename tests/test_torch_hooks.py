@@ -14,16 +14,22 @@ pytestmark = pytest.mark.versions
 
 def no_hook_of_ours():
     from torch._dynamo.variables.builder import VariableBuilder
+    from torch._dynamo.variables.functions import SkipFunctionVariable, UserFunctionVariable, UserMethodVariable
     from torch._inductor import compile_fx
 
     keys = (torch._C.DispatchKey.Autograd, torch._C.DispatchKey.CompositeImplicitAutograd)
-    kernels = torch.ops.aten.gru.input.py_kernels
-    return VariableBuilder.wrap_module, compile_fx.compile_fx, *(kernels[key] for key in keys)
+    kernels = [op.py_kernels for op in (torch.ops.aten.gru.input, torch.ops.aten.gru.data)]
+    callables = (SkipFunctionVariable, UserFunctionVariable, UserMethodVariable)
+    return (
+        VariableBuilder.wrap_module, compile_fx.compile_fx, *(kind.call_function for kind in callables),
+        *(of_op[key] for of_op in kernels for key in keys),
+    )  # fmt: skip
 
 
 def test_install_and_remove_leave_no_trace():
     before = no_hook_of_ours()
-    dynamo = torch_hooks.DynamoHook(lambda backend: True, lambda *args: None)
+    rules = [lambda *args: None] * 2
+    dynamo = torch_hooks.DynamoHook(lambda backend: True, *rules, {nn.GRU.forward: lambda *args: None})
     inductor = torch_hooks.InductorHook(lambda gm: 0, lambda: "tag")
     for hook in (dynamo, inductor):
         hook.install()
@@ -87,6 +93,38 @@ def test_shape_rule_is_used_by_dynamo_and_never_while_a_graph_is_recorded():
         rnn(x)
         assert calls == []
         torch.testing.assert_close(recorded(x), rnn(x)[0])  # unrolled, and right
+    finally:
+        hook.remove()
+
+
+def wraps(x, k, *, batch=None):
+    """Stands in for `torch.nn.utils.rnn.pack_padded_sequence`."""
+    return nn.utils.rnn.PackedSequence(x * k, torch.tensor([2])), x.size(0)
+
+
+def adds(packed, *, batch=None):
+    """Stands in for `torch.nn.utils.rnn.pad_packed_sequence`."""
+    return packed.data + batch, batch
+
+
+def test_functions_of_packed_sequences_are_traced_as_others_that_know_the_batch():
+    asked = []
+    rnn = nn.utils.rnn
+    hook = torch_hooks.DynamoHook(
+        lambda backend: asked.append(backend) or len(asked) < 3, lambda *args: None, None,
+        {rnn.pack_padded_sequence: wraps, rnn.pad_packed_sequence: adds},
+    )  # fmt: skip
+
+    def function(x, lengths):
+        return rnn.pad_packed_sequence(rnn.pack_padded_sequence(x, lengths))
+
+    hook.install()
+    try:
+        x, k = torch.ones(3, 2), torch.tensor([3, 1])
+        torch.testing.assert_close(torch.compile(function, backend="eager", fullgraph=True)(x, 2), 2 * x + 3)
+        torch._dynamo.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported):  # not wanted
+            torch.compile(function, backend="eager", fullgraph=True)(x, k)
     finally:
         hook.remove()
 

@@ -1,6 +1,6 @@
 """The ops as functions, with PyTorch's arguments.
 
-Both are differentiable (both modes, any order), run under `torch.autocast`, `torch.vmap` and
+All are differentiable (both modes, any order), run under `torch.autocast`, `torch.vmap` and
 `torch.compile`, and choose their implementation by device and dtype: Triton kernels on NVIDIA
 GPUs of compute capability 8.0 or more in float16, bfloat16 and float32, PyTorch's own GRU otherwise.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 import torch_gru_fuse.ops  # noqa: F401  (registers the ops)
 from torch_gru_fuse.ops.schemas import ops
 
-__all__ = ["gru", "gru_cell"]
+__all__ = ["gru", "gru_cell", "gru_packed"]
 
 
 def gru(
@@ -73,6 +73,47 @@ def gru(
     """
     return ops.gru.default(
         input, hx, list(params), has_biases, num_layers, dropout, train, bidirectional, batch_first, recompute=recompute
+    )
+
+
+def gru_packed(
+    data: Tensor,
+    batch_sizes: Tensor,
+    hx: Tensor,
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    *,
+    recompute: bool = False,
+) -> tuple[Tensor, Tensor]:
+    r"""A multi-layer GRU over sequences of different lengths; drop-in for the overload of `torch.gru` for packed data.
+
+    The equations are those of :func:`gru`.  N rows of all time steps, T time steps, B sequences.
+
+    Args:
+        data: [N, I], `PackedSequence.data`: of each step the rows of those sequences that are not over, longest first.
+        batch_sizes: [T] int64 on the CPU, `PackedSequence.batch_sizes`: how many rows each step has.  They are positive, do not
+            increase, and have the sum N.
+        hx: initial hidden state [L*D, B, H], B = batch_sizes[0], in the order of the rows
+            (``hx.index_select(1, packed.sorted_indices)``).
+        params, has_biases, num_layers, dropout, train, bidirectional, recompute: as for :func:`gru`.
+
+    Returns:
+        output [N, D*H], the last layer's hidden state at every step, packed as `data`, and h_n [L*D, B, H], the hidden state
+        of every layer and direction after the last step of each sequence.
+
+    Dtypes: as :func:`gru`.
+
+    Raises:
+        RuntimeError: sizes, dtypes, devices or the values of `batch_sizes` do not fit; the message names the argument.
+
+    Source: as :func:`gru`; reference `torch.nn.GRU` on a `torch.nn.utils.rnn.PackedSequence`.
+    """
+    return ops.gru_packed.default(
+        data, batch_sizes, hx, list(params), has_biases, num_layers, dropout, train, bidirectional, recompute=recompute
     )
 
 

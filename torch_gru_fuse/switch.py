@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torch_gru_fuse import torch_hooks
 from torch_gru_fuse.ops.schemas import ops
+from torch_gru_fuse.passes import packed_sequences
 from torch_gru_fuse.passes.rewrite import cache_tag, rewrite, settings
 
 log = logging.getLogger("torch_gru_fuse")
@@ -45,7 +46,12 @@ def _shapes(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     return ops.gru.default(*args, **kwargs)
 
 
-dynamo_hook = torch_hooks.DynamoHook(_will_be_rewritten, _shapes)
+def _packed_shapes(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """The same of its overload for packed data."""
+    return ops.gru_packed.default(*args, **kwargs)
+
+
+dynamo_hook = torch_hooks.DynamoHook(_will_be_rewritten, _shapes, _packed_shapes, packed_sequences.REPLACEMENTS)
 inductor_hook = torch_hooks.InductorHook(rewrite, cache_tag)
 
 

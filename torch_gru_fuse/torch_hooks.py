@@ -14,7 +14,7 @@ import contextlib
 import functools
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,6 +135,29 @@ def register_vmap(
 
     library.impl(name, mapped, "FuncTorchBatched")
     library.impl(name, composite, "Batched")
+
+
+def new_unbacked_size(minimum: int, maximum: int | None = None) -> Any:
+    """In a fake implementation: a size that depends on data, between two known bounds.
+
+    As `torch.library.get_ctx().new_dynamic_size()`, which takes `torch._dynamo.config.capture_dynamic_output_shape_ops` to be
+    for every op of a graph, and refuses by its default.
+    """
+    context = torch.library.get_ctx()
+    shape_env = context._shape_env
+    if shape_env is None:
+        return context.new_dynamic_size(min=minimum, max=maximum)  # raises what is to be raised
+    from torch.fx.experimental.symbolic_shapes import _constrain_range_for_size
+
+    size = shape_env.create_unbacked_symint()
+    _constrain_range_for_size(size, min=minimum, max=maximum)
+    return size
+
+
+#: What torch.nn.utils.rnn's functions call: ``pack_padded(input, lengths, batch_first)`` and
+#: ``pad_packed(data, batch_sizes, batch_first, padding_value, total_length)``.
+pack_padded = torch._VF._pack_padded_sequence
+pad_packed = torch._VF._pad_packed_sequence
 
 
 _AUTOCAST_KEYS = {device_type: torch._C.DispatchKeySet(key) for device_type, key in _AUTOCAST_DISPATCH_KEYS.items()}
@@ -288,7 +311,7 @@ def _cudnn_weight_buffer(
     x: Tensor, hx: Tensor, params: list[Tensor], has_biases: bool, layers: int, bidirectional: bool
 ) -> Tensor:
     """All weights in cuDNN's buffer: the module's own where `flatten_parameters` made them one, otherwise a copy."""
-    order, total = _cudnn_weight_layout(x.shape[2], hx.shape[2], layers, bidirectional, has_biases, x.dtype, x.device)
+    order, total = _cudnn_weight_layout(x.shape[-1], hx.shape[2], layers, bidirectional, has_biases, x.dtype, x.device)
     first = params[order[0]]
     storage = first.untyped_storage()
     end = first.data_ptr()
@@ -304,20 +327,20 @@ def _cudnn_weight_buffer(
 
 
 def cudnn_gru_forward(
-    x: Tensor, hx: Tensor, params: list[Tensor], has_biases: bool, layers: int, bidirectional: bool
+    x: Tensor, hx: Tensor, params: list[Tensor], has_biases: bool, layers: int, bidirectional: bool, step_sizes: list[int]
 ) -> CudnnGRU:
-    """cuDNN's training forward: x [T, B, I], hx [L*D, B, H]."""
+    """cuDNN's training forward: x [T, B, I], hx [L*D, B, H]; with `step_sizes`, the rows of each step, x is packed [N, I]."""
     buffer = _cudnn_weight_buffer(x, hx, params, has_biases, layers, bidirectional)
     output, h_n, _, reserve, _ = torch._cudnn_rnn(
         x.contiguous(), params, 4 if has_biases else 2, buffer, hx.contiguous(), None, _CUDNN_GRU, hx.shape[2], 0, layers,
-        False, 0.0, True, bidirectional, [], None,
+        False, 0.0, True, bidirectional, step_sizes, None,
     )  # fmt: skip
     return CudnnGRU(output, h_n, reserve)
 
 
 def cudnn_gru_backward(
     grad_output: Tensor | None, grad_h_n: Tensor | None, x: Tensor, hx: Tensor, params: list[Tensor], has_biases: bool,
-    layers: int, bidirectional: bool, output: Tensor, reserve: Tensor, *, need_weights: bool,
+    layers: int, bidirectional: bool, step_sizes: list[int], output: Tensor, reserve: Tensor, *, need_weights: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor] | None]:  # fmt: skip
     """Gradients of x, hx and params; writes into `reserve`.  Those of params are views of one buffer."""
     buffer = _cudnn_weight_buffer(x, hx, params, has_biases, layers, bidirectional)
@@ -325,7 +348,7 @@ def cudnn_gru_backward(
         x.contiguous(), params, 4 if has_biases else 2, buffer, hx.contiguous(), None, output.contiguous(),
         torch.zeros_like(output) if grad_output is None else grad_output.contiguous(),
         None if grad_h_n is None else grad_h_n.contiguous(), None, _CUDNN_GRU, hx.shape[2], 0, layers, False, 0.0, True,
-        bidirectional, [], None, reserve, [True, True, False, need_weights],
+        bidirectional, step_sizes, None, reserve, [True, True, False, need_weights],
     )  # fmt: skip
     return d_x, d_hx, d_params if need_weights else None
 
@@ -456,13 +479,26 @@ class DynamoHook:
             For every other backend Dynamo behaves as without this package.
         shape_rule: called with the arguments of `torch.gru` on fake tensors; returns
             ``(output, h_n)``.
+        packed_shape_rule: the same for its overload for packed data.
+        packed_functions: what is traced in the place of PyTorch's functions of packed sequences, by those; see
+            `passes/packed_sequences.py`.
 
     nn.RNN and nn.LSTM are not touched.
     """
 
-    def __init__(self, wants: Callable[[Any], bool], shape_rule: Callable[..., tuple[Tensor, Tensor]]):
+    def __init__(
+        self,
+        wants: Callable[[Any], bool],
+        shape_rule: Callable[..., tuple[Tensor, Tensor]],
+        packed_shape_rule: Callable[..., tuple[Tensor, Tensor]] | None = None,
+        packed_functions: Mapping[Callable[..., Any], Callable[..., tuple[Any, Any]]] | None = None,
+    ):
+        aten = torch.ops.aten.gru
         self._wants = wants
-        self._shape_rule = shape_rule
+        self._shape_rules = {aten.input: shape_rule}
+        if packed_shape_rule is not None:
+            self._shape_rules[aten.data] = packed_shape_rule
+        self._packed_functions = dict(packed_functions or {})
         self._undo: list[Callable[[], None]] = []
 
     @property
@@ -473,42 +509,99 @@ class DynamoHook:
         if self.installed:
             return
         self._install_module_hook()
-        self._install_shape_rule()
+        self._install_packed_functions()
+        for op, rule in self._shape_rules.items():
+            self._install_shape_rule(op, rule)
 
     def remove(self) -> None:
         while self._undo:
             self._undo.pop()()
+
+    def _wanted(self, tx: Any) -> bool:
+        return self._wants(innermost_backend(tx.output.compiler_fn))
 
     def _install_module_hook(self) -> None:
         from torch._dynamo import config
         from torch._dynamo.variables.builder import VariableBuilder
 
         original = VariableBuilder.wrap_module
-        wants = self._wants
 
         @functools.wraps(original)
         def wrap_module(builder: Any, value: Any) -> Any:
-            if not isinstance(value, torch.nn.GRU) or not wants(
-                innermost_backend(builder.tx.output.compiler_fn)
-            ):
+            if not isinstance(value, torch.nn.GRU) or not self._wanted(builder.tx):
                 return original(builder, value)
             with config.patch(allow_rnn=True):
-                variable = original(builder, value)
-            return _break_on_packed_sequence(variable, lambda: original(builder, value))
+                return original(builder, value)
 
         VariableBuilder.wrap_module = wrap_module
         self._undo.append(lambda: setattr(VariableBuilder, "wrap_module", original))
 
-    def _install_shape_rule(self) -> None:
+    def _install_packed_functions(self) -> None:
+        # torch.nn.utils.rnn's are functions that Dynamo skips, methods of nn.GRU functions that it traces.
+        from torch._dynamo.variables.functions import SkipFunctionVariable, UserFunctionVariable, UserMethodVariable
+
+        if not self._packed_functions:
+            return
+
+        def traced_function(variable: Any) -> Callable[..., Any] | None:
+            variable = getattr(variable, "im_func", variable)  # of a method, from torch 2.15 on
+            return variable.fn if isinstance(variable, UserFunctionVariable) else None
+
+        def put(kind: type, function_of: Callable[[Any], Any], self_args: Callable[[Any], list[Any]]) -> None:
+            original = kind.call_function
+
+            @functools.wraps(original)
+            def call_function(variable: Any, tx: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+                called = function_of(variable)
+                for function, replacement in self._packed_functions.items():
+                    if called is function:
+                        arguments = [*self_args(variable), *args]
+                        packed = [a for a in (*arguments, *kwargs.values()) if _is_packed_sequence(a)]
+                        # nn.GRU.forward has other arguments, too
+                        if (packed or kind is SkipFunctionVariable) and self._wanted(tx):
+                            return self._trace_replacement(replacement, tx, packed, arguments, kwargs)
+                return original(variable, tx, args, kwargs)
+
+            kind.call_function = call_function
+            self._undo.append(lambda: setattr(kind, "call_function", original))
+
+        put(SkipFunctionVariable, lambda variable: variable.value, lambda variable: [])
+        for kind in (UserFunctionVariable, UserMethodVariable):
+            put(kind, traced_function, lambda variable: variable.self_args())
+
+    def _trace_replacement(
+        self, replacement: Callable[..., Any], tx: Any, packed: list[Any], args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Any:
+        from torch._dynamo.variables.base import VariableTracker
+
+        def node_of(sequence: Any) -> torch.fx.Node:
+            _, batch_sizes, *_ = sequence.realize().unpack_var_sequence(tx)
+            return batch_sizes.as_proxy().node
+
+        # For as long as the graph is in the making: how many sequences there are, by the graph that says so and by the node of
+        # batch_sizes.  Bodies of checkpoint and the like know what is known around them, but not the other way round.
+        batches: dict[tuple[Any, torch.fx.Node], Any] = vars(tx.output).setdefault("torch_gru_fuse_batches", {})
+        tracers = [tracer := tx.output.current_tracer]
+        while tracers[-1].parent is not None:
+            tracers.append(tracers[-1].parent)
+        known = [batches[key] for p in packed for key in ((t, node_of(p)) for t in tracers) if key in batches]
+        if known:
+            kwargs = {**kwargs, "batch": known[0]}
+        pair = VariableTracker.build(tx, replacement).call_function(tx, list(args), kwargs)
+        result, batch = pair.unpack_var_sequence(tx)
+        if not batch.is_python_constant() or batch.as_python_constant() is not None:
+            for sequence in (*packed, *([result] if _is_packed_sequence(result) else [])):
+                batches[tracer, node_of(sequence)] = batch
+        return result
+
+    def _install_shape_rule(self, op: Any, shape_rule: Callable[..., tuple[Tensor, Tensor]]) -> None:
         # Dynamo finds the shapes of a node by running it on fake tensors.  For torch.gru that is
         # a Python loop over time (torch/_decomp/decompositions.py), which takes O(T) and makes
         # T a constant of the graph.
         import torch._decomp.decompositions  # registers the entries replaced below
 
-        op = torch.ops.aten.gru.input
         keys = (torch._C.DispatchKey.Autograd, torch._C.DispatchKey.CompositeImplicitAutograd)
         originals = {key: op.py_kernels[key] for key in keys}
-        shape_rule = self._shape_rule
         wants = self._wants
 
         def with_fallback(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -528,36 +621,12 @@ class DynamoHook:
         self._undo.append(lambda: put(originals))
 
 
-def _break_on_packed_sequence(variable: Any, without_hook: Callable[[], Any]) -> Any:
-    """Make a call of a wrapped nn.GRU with a PackedSequence do what Dynamo does by itself.
-
-    Dynamo cannot trace `torch.gru`'s overload for packed data.  By itself it breaks the graph at
-    the module (2.15) or leaves the whole frame to the interpreter (before).
-    """
-    from torch._dynamo.exc import SkipFrame, Unsupported
-    from torch.nn.utils.rnn import PackedSequence
-
-    traced_call = variable.call_function
-
-    def is_packed(argument: Any) -> bool:
-        try:
-            return issubclass(argument.realize().python_type(), PackedSequence)
-        except NotImplementedError:  # a variable that has no Python type
-            return False
-
-    def call_function(tx: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        if not any(is_packed(a) for a in (*args, *kwargs.values())):
-            return traced_call(tx, args, kwargs)
-        try:
-            untraceable = without_hook()
-        except Unsupported as reason:
-            if tx.one_graph or getattr(tx, "error_on_graph_break", False):
-                raise
-            raise SkipFrame("nn.GRU was called with a PackedSequence") from reason
-        return untraceable.call_function(tx, args, kwargs)
-
-    variable.call_function = call_function
-    return variable
+def _is_packed_sequence(variable: Any) -> bool:
+    """Whether a value that Dynamo traces is a PackedSequence."""
+    try:
+        return issubclass(variable.realize().python_type(), torch.nn.utils.rnn.PackedSequence)
+    except NotImplementedError:  # a variable that has no Python type
+        return False
 
 
 def _only_shapes_are_asked(args: Sequence[Any]) -> bool:

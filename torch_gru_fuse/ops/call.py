@@ -1,35 +1,22 @@
-"""The arguments of one call of the sequence op, and what follows from them."""
+"""The arguments of one call of a sequence op, and what follows from them."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from torch_gru_fuse.ops.schemas import empty_gru_results, saved_gates
+from torch_gru_fuse.ops.schemas import empty_gru_results, empty_packed_results, saved_gates, split_reserve
 
 
-class GRUCall(NamedTuple):
-    """What `gru_forward` and `gru_backward` have in common: time-major input, parameters and masks.
+class _Layers:
+    """What calls of `gru_forward` and of `gru_packed_forward` have in common.
 
     T time steps, B batch, I inputs, H units, L layers, D directions; a state is one layer and direction, state = layer*D + d.
     """
 
-    input: Tensor  # [T, B, I]
-    hx: Tensor  # [L*D, B, H]
-    params: list[Tensor]  # of each state w_ih, w_hh and, with biases, b_ih, b_hh
-    has_biases: bool
-    num_layers: int
-    bidirectional: bool
-    dropout_masks: Tensor | None  # [L-1, T, B, D*H]
-
-    @property
-    def T(self) -> int:
-        return self.input.shape[0]
-
-    @property
-    def B(self) -> int:
-        return self.input.shape[1]
+    __slots__ = ()
 
     @property
     def H(self) -> int:
@@ -72,13 +59,91 @@ class GRUCall(NamedTuple):
         return x if self.dropout_masks is None else x * self.dropout_masks[layer]
 
     def layer_input(self, layer: int, layer_outputs: Tensor) -> Tensor:
-        """What `layer` was given, from the outputs [L-1, T, B, D*H] of the inner layers."""
+        """What `layer` was given, from the outputs [L-1, ..., D*H] of the inner layers."""
         return self.input if layer == 0 else self.mask(layer_outputs[layer - 1], layer - 1)
+
+
+class _GRUFields(NamedTuple):
+    input: Tensor  # [T, B, I]
+    hx: Tensor  # [L*D, B, H]
+    params: list[Tensor]  # of each state w_ih, w_hh and, with biases, b_ih, b_hh
+    has_biases: bool
+    num_layers: int
+    bidirectional: bool
+    dropout_masks: Tensor | None  # [L-1, T, B, D*H]
+
+
+class GRUCall(_GRUFields, _Layers):
+    """What `gru_forward` and `gru_backward` have in common: time-major input, parameters and masks."""
+
+    __slots__ = ()
+
+    @property
+    def T(self) -> int:
+        return self.input.shape[0]
+
+    @property
+    def B(self) -> int:
+        return self.input.shape[1]
 
     def empty_results(self, save: bool) -> tuple[Tensor, Tensor, Tensor]:
         """output, h_n and reserve, allocated as the fake implementation says."""
         return empty_gru_results(self.input, self.hx, self.num_layers, self.bidirectional, save)
 
+    def split_reserve(self, reserve: Tensor) -> tuple[Tensor, Tensor]:
+        """layer_outputs [L-1, T, B, D*H] and what follows them in a reserve."""
+        return split_reserve(reserve, (self.T, self.B), self.H, self.L, self.D)
+
     def saved_gates(self, reserve: Tensor) -> tuple[Tensor, Tensor]:
         """layer_outputs [L-1, T, B, D*H] and gates [L, D, T, B, 4, H] = (r, z, n, hn) in a reserve."""
-        return saved_gates(reserve, self.T, self.B, self.H, self.L, self.D)
+        return saved_gates(reserve, (self.T, self.B), self.H, self.L, self.D)
+
+    def torch_gru(self, x: Tensor, hx: Tensor, params: list[Tensor], has_biases: bool, layers: int) -> tuple[Tensor, Tensor]:
+        """PyTorch's own GRU for some layers, without dropout and gradients."""
+        return torch.gru(x, hx, params, has_biases, layers, 0.0, False, self.bidirectional, False)
+
+    def step_sizes(self) -> list[int]:
+        """Rows of each step where they differ; of a call that is not packed none."""
+        return []
+
+
+class _PackedFields(NamedTuple):
+    input: Tensor  # data [N, I], N the sum of batch_sizes
+    batch_sizes: Tensor  # [T] int64, on the CPU
+    hx: Tensor  # [L*D, B, H], in the order of the rows
+    params: list[Tensor]
+    has_biases: bool
+    num_layers: int
+    bidirectional: bool
+    dropout_masks: Tensor | None  # [L-1, N, D*H]
+
+
+class PackedCall(_PackedFields, _Layers):
+    """The same of `gru_packed_forward` and `gru_packed_backward`; N rows of all steps take the place of [T, B]."""
+
+    __slots__ = ()
+
+    @property
+    def N(self) -> int:
+        return self.input.shape[0]
+
+    def empty_results(self, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """output, h_n and reserve, allocated as the fake implementation says."""
+        return empty_packed_results(self.input, self.batch_sizes, self.hx, self.num_layers, self.bidirectional, save)
+
+    def split_reserve(self, reserve: Tensor) -> tuple[Tensor, Tensor]:
+        """layer_outputs [L-1, N, D*H] and what follows them in a reserve."""
+        return split_reserve(reserve, (self.N,), self.H, self.L, self.D)
+
+    def saved_gates(self, reserve: Tensor) -> tuple[Tensor, Tensor]:
+        """layer_outputs [L-1, N, D*H] and gates [L, D, N, 4, H] = (r, z, n, hn) in a reserve."""
+        return saved_gates(reserve, (self.N,), self.H, self.L, self.D)
+
+    def torch_gru(self, x: Tensor, hx: Tensor, params: list[Tensor], has_biases: bool, layers: int) -> tuple[Tensor, Tensor]:
+        """PyTorch's own GRU for some layers, without dropout and gradients."""
+        sizes = self.batch_sizes.contiguous()  # torch reads them by address
+        return torch.gru(x, sizes, hx, params, has_biases, layers, 0.0, False, self.bidirectional)
+
+    def step_sizes(self) -> list[int]:
+        """Rows of each step."""
+        return self.batch_sizes.tolist()

@@ -1,4 +1,4 @@
-"""Argument checks of the two public ops.
+"""Argument checks of the public ops.
 
 The errors are of the kind that `torch.gru` and `torch.gru_cell` raise (RuntimeError), and name
 the argument, what came, what was expected, and where it helps what to do.  They run on real and
@@ -44,7 +44,9 @@ def _check_same_kind(
         _fail(op, f"{name_of(i)} is on {tensor.device}, but {first_name} is on {device}; move them to one device")
 
 
-def check_gru(
+def _check_layers(
+    op: str,
+    input_name: str,
     input: Tensor,
     hx: Tensor,
     params: Sequence[Tensor],
@@ -53,12 +55,8 @@ def check_gru(
     dropout: float,
     train: bool,
     bidirectional: bool,
-    batch_first: bool,
 ) -> None:
-    op = "gru"
-    layout = "[B, T, I]" if batch_first else "[T, B, I]"
-    if input.dim() != 3:
-        _fail(op, f"input must be 3-D {layout}, got {input.dim()}-D of size {tuple(input.shape)}")
+    """What sequence ops have in common: states, parameters, dropout; features are the last dimension of the input."""
     if hx.dim() != 3:
         _fail(op, f"hx must be 3-D [num_layers * num_directions, B, H], got {hx.dim()}-D of size {tuple(hx.shape)}")
     if num_layers < 1:
@@ -74,21 +72,16 @@ def check_gru(
         reverse = ", reverse" if bidirectional and i // len(kinds) % 2 else ""
         return f"params[{i}] ({kinds[i % len(kinds)]} of layer {i // per_layer}{reverse})"
 
-    _check_same_kind(op, "input", input, (hx, *params), lambda i: name_of_param(i - 1) if i else "hx")
+    _check_same_kind(op, input_name, input, (hx, *params), lambda i: name_of_param(i - 1) if i else "hx")
 
-    x_size = input.shape
-    seq_len, batch = (x_size[1], x_size[0]) if batch_first else (x_size[0], x_size[1])
-    states, h_batch, hidden = hx.shape
-    if seq_len == 0:
-        _fail(op, f"input has a sequence length of 0 (size {tuple(x_size)}, {layout}), expected at least 1")
+    features = input.shape[-1]
+    states, _, hidden = hx.shape
     if states != num_layers * directions:
         _fail(op, f"hx has {states} states, expected num_layers * num_directions = "
                   f"{num_layers} * {directions} = {num_layers * directions}")
-    if h_batch != batch:
-        _fail(op, f"hx has batch size {h_batch}, but input has {batch} (size {tuple(x_size)}, {layout})")
     if hidden == 0:
         _fail(op, "hx has a hidden size of 0, expected at least 1")
-    lowest = [(3 * hidden, x_size[2]), (3 * hidden, hidden), (3 * hidden,), (3 * hidden,)]
+    lowest = [(3 * hidden, features), (3 * hidden, hidden), (3 * hidden,), (3 * hidden,)]
     others = [(3 * hidden, directions * hidden), *lowest[1:]]
     sizes = lowest[: len(kinds)] * directions + others[: len(kinds)] * (directions * (num_layers - 1))
     for i, (shape, size) in enumerate(zip(map(_shape_of, params), sizes, strict=True)):
@@ -98,6 +91,89 @@ def check_gru(
                       + (f" and input size {size[1]}" if i % len(kinds) == 0 else ""))
     if train and not 0.0 <= dropout <= 1.0:
         _fail(op, f"dropout must be a probability between 0 and 1, got {dropout}")
+
+
+def check_gru(
+    input: Tensor,
+    hx: Tensor,
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> None:
+    op = "gru"
+    layout = "[B, T, I]" if batch_first else "[T, B, I]"
+    if input.dim() != 3:
+        _fail(op, f"input must be 3-D {layout}, got {input.dim()}-D of size {tuple(input.shape)}")
+    _check_layers(op, "input", input, hx, params, has_biases, num_layers, dropout, train, bidirectional)
+    x_size = input.shape
+    seq_len, batch = (x_size[1], x_size[0]) if batch_first else (x_size[0], x_size[1])
+    h_batch = hx.shape[1]
+    if seq_len == 0:
+        _fail(op, f"input has a sequence length of 0 (size {tuple(x_size)}, {layout}), expected at least 1")
+    if h_batch != batch:
+        _fail(op, f"hx has batch size {h_batch}, but input has {batch} (size {tuple(x_size)}, {layout})")
+
+
+def _check_lengths(op: str, name: str, tensor: Tensor, what: str) -> None:
+    """A vector of int64 on the CPU: of lengths, or of batch sizes."""
+    if tensor.dim() != 1:
+        _fail(op, f"{name} must be 1-D {what}, got {tensor.dim()}-D of size {tuple(tensor.shape)}")
+    if tensor.device.type != "cpu":
+        _fail(op, f"{name} is on {tensor.device}, expected it on the CPU, where its values can be read; use {name}.cpu()")
+    if tensor.dtype != torch.int64:
+        _fail(op, f"{name} has dtype {tensor.dtype}, expected int64; use {name}.to(torch.int64)")
+
+
+def check_gru_packed(
+    data: Tensor,
+    batch_sizes: Tensor,
+    hx: Tensor,
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+) -> None:
+    """All that is known without the values of batch_sizes; those are for :func:`check_batch_sizes`."""
+    op = "gru_packed"
+    if data.dim() != 2:
+        _fail(op, f"data must be 2-D [N, I], the rows of all time steps, got {data.dim()}-D of size {tuple(data.shape)}")
+    _check_lengths(op, "batch_sizes", batch_sizes, "[T], the number of rows of each time step")
+    _check_layers(op, "data", data, hx, params, has_biases, num_layers, dropout, train, bidirectional)
+
+
+def check_batch_sizes(op: str, batch_sizes: Tensor, rows: int, batch: int | None = None) -> list[int]:
+    """The values of batch_sizes for a packed matrix of `rows` rows and, where it is known, a batch of a certain size."""
+    _check_lengths(op, "batch_sizes", batch_sizes, "[T], the number of rows of each time step")
+    sizes = batch_sizes.tolist()
+    if not sizes:
+        _fail(op, "batch_sizes is empty, expected at least one time step")
+    if sizes != sorted(sizes, reverse=True):
+        t = next(t for t in range(1, len(sizes)) if sizes[t] > sizes[t - 1])
+        _fail(op, f"batch_sizes must not increase, but batch_sizes[{t}] is {sizes[t]} after {sizes[t - 1]}; sequences are "
+                  "packed longest first, as torch.nn.utils.rnn.pack_padded_sequence(..., enforce_sorted=False) does")
+    if sizes[-1] < 1:
+        t = next(t for t, size in enumerate(sizes) if size < 1)
+        _fail(op, f"batch_sizes must be positive, but batch_sizes[{t}] is {sizes[t]}; leave out steps without sequences")
+    if sum(sizes) != rows:
+        _fail(op, f"batch_sizes has a sum of {sum(sizes)}, but data has {rows} rows, expected one row for each")
+    if batch is not None and sizes[0] != batch:
+        _fail(op, f"hx has batch size {batch}, but batch_sizes begins with {sizes[0]} sequences")
+    return sizes
+
+
+def check_pack_padded(input: Tensor, lengths: Tensor, batch_first: bool) -> None:
+    """Of :func:`pack_padded`, all that is known without the values of lengths."""
+    op = "pack_padded"
+    layout = "[B, T, ...]" if batch_first else "[T, B, ...]"
+    if input.dim() < 2:
+        _fail(op, f"input must have at least two dimensions {layout}, got {input.dim()}-D of size {tuple(input.shape)}")
+    _check_lengths(op, "lengths", lengths, "[B], one length a sequence")
 
 
 def check_gru_cell(

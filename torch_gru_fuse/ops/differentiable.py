@@ -14,13 +14,15 @@ Half precision is computed in float32 and rounded at the end.  float32 products 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_gru_fuse import equations, torch_hooks
-from torch_gru_fuse.ops.call import GRUCall
+from torch_gru_fuse import equations, equations_packed, torch_hooks
+from torch_gru_fuse.ops.call import GRUCall, PackedCall
 from torch_gru_fuse.ops.schemas import ops
 
 
@@ -28,15 +30,15 @@ def _wide(tensor: Tensor | None) -> Tensor | None:
     return tensor.float() if tensor is not None and tensor.dtype.itemsize < 4 else tensor
 
 
-def _layers(call: GRUCall) -> tuple[GRUCall, list[tuple[Tensor, Tensor]]]:
-    """The call with wide states and parameters, and input and output [T, B, D*H] of every layer as functions of its tensors."""
+def _layers(
+    call: GRUCall | PackedCall, forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+) -> tuple[GRUCall | PackedCall, list[tuple[Tensor, Tensor]]]:
+    """The call with wide states and parameters, and input and output of every layer as functions of its tensors."""
     layers = []
     x = call.input
     for layer in range(call.L):
         states, places = call.states(layer), call.places(layer * call.D, call.D)
-        out, _, _ = ops.gru_forward.default(
-            x, call.hx[states], call.params[places], call.has_biases, 1, call.bidirectional, None, False
-        )
+        out, _, _ = forward(x, call.hx[states], call.params[places], call.has_biases, 1, call.bidirectional, None, False)
         layers.append((_wide(x), _wide(out)))
         if layer < call.L - 1:
             x = call.mask(out, layer)
@@ -45,10 +47,21 @@ def _layers(call: GRUCall) -> tuple[GRUCall, list[tuple[Tensor, Tensor]]]:
 
 def gru_gradients(call: GRUCall, grad_output: Tensor | None, grad_h_n: Tensor | None, needs: Sequence[bool]) -> list[Tensor]:
     """`gru_backward` as a function of the gradients that arrive and of the call: those of `call.tensors` that are needed."""
+    return _gradients(call, ops.gru_forward.default, equations.gru_layer_gradients, grad_output, grad_h_n, needs)
+
+
+def _gradients(
+    call: GRUCall | PackedCall,
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    layer_gradients: Callable[..., tuple[Tensor | None, ...]],
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
     need_input, need_hx, *need_params = needs
     each = 4 if call.has_biases else 2
     with torch_hooks.below_any_autocast():
-        wide, layers = _layers(call)
+        wide, layers = _layers(call, forward)
         grad, grad_h_n = _wide(grad_output), _wide(grad_h_n)
         grad_hx: list[Tensor | None] = [None] * (call.L * call.D)
         grad_params: list[Tensor | None] = [None] * len(call.params)
@@ -58,7 +71,7 @@ def gru_gradients(call: GRUCall, grad_output: Tensor | None, grad_h_n: Tensor | 
             for d in range(call.D):
                 state = layer * call.D + d
                 places = call.places(state)
-                dx, grad_hx[state], *d_params = equations.gru_layer_gradients(
+                dx, grad_hx[state], *d_params = layer_gradients(
                     None if grad is None else grad.narrow(-1, d * call.H, call.H),
                     None if grad_h_n is None else grad_h_n[state],
                     x, wide.hx[state], out.narrow(-1, d * call.H, call.H), *wide.parameters(state), reverse=d == 1,
@@ -76,7 +89,7 @@ def gru_gradients(call: GRUCall, grad_output: Tensor | None, grad_h_n: Tensor | 
 def gru_tangents(call: GRUCall, tangents: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
     """Tangents of output and h_n for those of `call.tensors`; None is zero."""
     with torch_hooks.below_any_autocast():
-        wide, layers = _layers(call)
+        wide, layers = _layers(call, ops.gru_forward.default)
         dx, dhx, *d_params = map(_wide, tangents)
         finals = []
         for layer, (x, out) in enumerate(layers):
@@ -93,6 +106,44 @@ def gru_tangents(call: GRUCall, tangents: Sequence[Tensor | None]) -> tuple[Tens
             if layer < call.L - 1:
                 dx = call.mask(dx, layer)
         return dx.to(call.input.dtype), torch.stack(finals).to(call.input.dtype)
+
+
+# Packed sequences: the same over the rows of each step.  Tangents are those of the equations.
+
+
+def gru_packed(call: PackedCall) -> tuple[Tensor, Tensor]:
+    """output and h_n of `gru_packed_forward`, made of PyTorch operations."""
+    with torch_hooks.below_any_autocast():
+        wide = call._replace(hx=_wide(call.hx), params=[_wide(p) for p in call.params])
+        sizes = call.step_sizes()
+        x, finals = _wide(call.input), []
+        for layer in range(call.L):
+            outs = []
+            for d in range(call.D):
+                state = layer * call.D + d
+                out, final = equations_packed.gru_layer(
+                    x, wide.hx[state], *wide.parameters(state), reverse=d == 1, sizes=sizes
+                )
+                outs.append(out)
+                finals.append(final)
+            x = torch.cat(outs, -1)
+            if layer < call.L - 1:
+                x = call.mask(x, layer)
+        return x.to(call.input.dtype), torch.stack(finals).to(call.input.dtype)
+
+
+def gru_packed_gradients(
+    call: PackedCall, grad_output: Tensor | None, grad_h_n: Tensor | None, needs: Sequence[bool]
+) -> list[Tensor]:
+    """`gru_packed_backward` as a function of the gradients that arrive and of the call."""
+
+    def forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return ops.gru_packed_forward.default(x, call.batch_sizes, *rest)
+
+    return _gradients(
+        call, forward, functools.partial(equations_packed.gru_layer_gradients, sizes=call.step_sizes()), grad_output, grad_h_n,
+        needs,
+    )  # fmt: skip
 
 
 # A cell is a layer of one step: the state before is hx, and the one after does not enter.

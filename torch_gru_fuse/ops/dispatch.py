@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from torch_gru_fuse import torch_hooks
-from torch_gru_fuse.ops import timeouts, torch_path
-from torch_gru_fuse.ops.call import GRUCall
+from torch_gru_fuse.ops import packed_path, timeouts, torch_path
+from torch_gru_fuse.ops.call import GRUCall, PackedCall
+from torch_gru_fuse.ops.checks import check_batch_sizes
 from torch_gru_fuse.ops.schemas import library, ops
 
 
@@ -49,11 +50,30 @@ def _implement(device_type: str, path) -> None:
     def gru_cell_backward(*args):
         return path().gru_cell_backward(*args)
 
-    for function in (gru_forward, gru_backward, gru_cell_forward, gru_cell_backward):
+    def gru_packed_forward(*args, recompute=False):
+        *call, save = args
+        return packed_path.gru_forward(_checked(PackedCall(*call)), save)
+
+    def gru_packed_backward(grad_output, grad_h_n, *args):
+        *call, output, reserve, needs = args
+        call = _checked(PackedCall(*call))
+        if not reserve.numel():  # nothing was saved
+            _, _, reserve = packed_path.gru_forward(call, True)
+        return packed_path.gru_backward(call, grad_output, grad_h_n, output, reserve, needs)
+
+    for function in (
+        gru_forward, gru_backward, gru_cell_forward, gru_cell_backward, gru_packed_forward, gru_packed_backward,
+    ):  # fmt: skip
         on_device = on_its_device(function) if device_type == "CUDA" else function
         library.impl(function.__name__, on_device, device_type)
         if device_type == "CUDA":
             _on_cuda[function.__name__] = on_device
+
+
+def _checked(call: PackedCall) -> PackedCall:
+    """The call, if the values of its batch sizes, which only real tensors have, fit its sizes."""
+    check_batch_sizes("gru_packed", call.batch_sizes, call.N, call.hx.shape[1])
+    return call
 
 
 _on_cuda: dict[str, Callable[..., Any]] = {}

@@ -12,14 +12,13 @@ from torch_gru_fuse.ops.checks import check_gru
 from torch_gru_fuse.ops.schemas import library, ops
 
 
-def _dropout_masks(input: Tensor, hx: Tensor, dropout: float, num_layers: int, bidirectional: bool) -> Tensor:
-    """Masks [L-1, T, B, D*H], 0 or 1 / (1 - p), for what each layer hands to the next.
+def dropout_masks(input: Tensor, hx: Tensor, dropout: float, num_layers: int, bidirectional: bool) -> Tensor:
+    """Masks [L-1, ..., D*H], 0 or 1 / (1 - p), for what each layer hands to the next, of input [..., I].
 
     Drawn layer by layer as `torch.dropout` draws them, so that on the CPU the same seed gives
     the masks that `torch.gru` would use.
     """
-    T, B, _ = input.shape
-    size = (T, B, hx.shape[2] * (2 if bidirectional else 1))
+    size = (*input.shape[:-1], hx.shape[2] * (2 if bidirectional else 1))
     if dropout == 1.0:
         return input.new_zeros((num_layers - 1, *size))
     keep = 1.0 - dropout
@@ -49,7 +48,7 @@ def gru_composite(
         input = input.transpose(0, 1)
     masks = None
     if train and dropout > 0.0 and num_layers > 1:
-        masks = _dropout_masks(input, hx, dropout, num_layers, bidirectional)
+        masks = dropout_masks(input, hx, dropout, num_layers, bidirectional)
     forward = dispatch.direct("gru_forward", (input, hx, *params))
     output, h_n, _ = forward(input, hx, params, has_biases, num_layers, bidirectional, masks, False, recompute=recompute)
     return (output.transpose(0, 1) if batch_first else output), h_n

@@ -1,24 +1,32 @@
 """The ops' schemas, each with its fake implementation directly below it.
 
-Two ops are for users and take the arguments of torch's own: `gru` (as `torch.gru`) and
-`gru_cell` (as `torch.gru_cell`).  They check their arguments and are made of the other four,
-which are what a compiled graph holds:
+Three ops are for users and take the arguments of torch's own: `gru` (as `torch.gru`), `gru_packed` (as the overload of
+`torch.gru` for the data of a PackedSequence) and `gru_cell` (as `torch.gru_cell`).  They check their arguments and are made of
+others, which are what a compiled graph holds:
 
-    gru       = checks, layout, dropout masks  ->  gru_forward        (backward: gru_backward)
-    gru_cell  = checks                         ->  gru_cell_forward   (backward: gru_cell_backward)
+    gru         = checks, layout, dropout masks  ->  gru_forward         (backward: gru_backward)
+    gru_packed  = checks, dropout masks          ->  gru_packed_forward  (backward: gru_packed_backward)
+    gru_cell    = checks                         ->  gru_cell_forward    (backward: gru_cell_backward)
+
+Around a GRU `pack_padded`, `pad_packed` and `unpad` do what torch.nn.utils.rnn's functions do; `packed_zeros` is the first
+state of a GRU to which none is given.
 
 `csrc_stub/torch_gru_fuse.cpp` states the same schemas in C++; a test keeps the two equal.
 
 Sizes in this package: T time steps, B batch, I input features, H hidden units, L layers,
-D directions (1 or 2).
+D directions (1 or 2), N rows of packed data.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from torch_gru_fuse import torch_hooks
 from torch_gru_fuse.ops import support
+from torch_gru_fuse.ops.checks import check_pack_padded
 
 NAMESPACE = "torch_gru_fuse"
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -53,16 +61,16 @@ def reserve_size(T: int, B: int, H: int, L: int, D: int, *, cuda: bool, bytes_ea
     return (L - 1) * layer + gates
 
 
-def split_reserve(reserve: Tensor, T: int, B: int, H: int, L: int, D: int) -> tuple[Tensor, Tensor]:
-    """Views of a reserve: layer_outputs [L-1, T, B, D*H], before dropout, and all that follows it."""
-    count = (L - 1) * T * B * H * D
-    return reserve[:count].view(L - 1, T, B, D * H), reserve[count:]
+def split_reserve(reserve: Tensor, rows: tuple[int, ...], H: int, L: int, D: int) -> tuple[Tensor, Tensor]:
+    """Views of a reserve: layer_outputs [L-1, *rows, D*H], before dropout, and all that follows it.  rows: (T, B) or (N,)."""
+    count = (L - 1) * math.prod(rows) * H * D
+    return reserve[:count].view(L - 1, *rows, D * H), reserve[count:]
 
 
-def saved_gates(reserve: Tensor, T: int, B: int, H: int, L: int, D: int) -> tuple[Tensor, Tensor]:
-    """Views of a reserve: layer_outputs [L-1, T, B, D*H], before dropout, and gates [L, D, T, B, 4, H] = (r, z, n, hn)."""
-    layer_outputs, rest = split_reserve(reserve, T, B, H, L, D)
-    return layer_outputs, rest[: L * D * T * B * 4 * H].view(L, D, T, B, 4, H)
+def saved_gates(reserve: Tensor, rows: tuple[int, ...], H: int, L: int, D: int) -> tuple[Tensor, Tensor]:
+    """Views of a reserve: layer_outputs [L-1, *rows, D*H], before dropout, and gates [L, D, *rows, 4, H] = (r, z, n, hn)."""
+    layer_outputs, rest = split_reserve(reserve, rows, H, L, D)
+    return layer_outputs, rest[: L * D * math.prod(rows) * 4 * H].view(L, D, *rows, 4, H)
 
 
 def empty_gru_results(
@@ -105,6 +113,129 @@ def empty_grads(tensors: list[Tensor], needs: list[bool]) -> list[Tensor]:
 def _(grad_output, grad_h_n, input, hx, params, has_biases, num_layers, bidirectional,
       dropout_masks, output, reserve, needs):
     return empty_grads([input, hx, *params], needs)
+
+
+# ---- gru_packed -----------------------------------------------------------------------
+#
+# data [N, I] holds, step by step, the sequences that are not over, longest first; batch_sizes [T] (on the CPU) says how many
+# each step has.  hx, h_n and params are those of `gru`.
+#
+# These ops and those below read sizes on the host.  A CUDA graph would keep what it was recorded with: none must hold them.
+_UNSAFE = torch.Tag.cudagraph_unsafe
+
+library.define(
+    "gru_packed(Tensor data, Tensor batch_sizes, Tensor hx, Tensor[] params, bool has_biases, int num_layers, "
+    "float dropout, bool train, bool bidirectional, *, bool recompute=False) -> (Tensor, Tensor)"
+)  # composite, as gru
+
+library.define(
+    "gru_packed_forward(Tensor data, Tensor batch_sizes, Tensor hx, Tensor[] params, bool has_biases, int num_layers, "
+    "bool bidirectional, Tensor? dropout_masks, bool save, *, bool recompute=False) -> (Tensor, Tensor, Tensor)",
+    tags=(_UNSAFE,),
+)
+
+
+def packed_reserve_size(N: int, T: int, B: int, H: int, L: int, D: int, *, cuda: bool, bytes_each: int) -> int:
+    """Elements that `gru_packed_forward` saves: as `reserve_size`, for N rows.
+
+    What cuDNN takes depends on T and B and not on lengths (cudnnGetRNNTempSpaceSizes), so on CUDA there is room for T*B rows.
+    """
+    outputs = (L - 1) * N * D * H
+    if cuda:
+        return outputs + reserve_size(T, B, H, L, D, cuda=True, bytes_each=bytes_each) - (L - 1) * T * B * D * H
+    return outputs + L * D * N * 4 * H
+
+
+def empty_packed_results(
+    data: Tensor, batch_sizes: Tensor, hx: Tensor, num_layers: int, bidirectional: bool, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate what `gru_packed_forward` returns: output [N, D*H], h_n [L*D, B, H] and reserve, empty without `save`."""
+    N, B, H = data.shape[0], hx.shape[1], hx.shape[2]
+    D = 2 if bidirectional else 1
+    size = 0
+    if save:
+        cuda = data.device.type == "cuda"
+        size = packed_reserve_size(N, batch_sizes.shape[0], B, H, num_layers, D, cuda=cuda, bytes_each=data.dtype.itemsize)
+    return data.new_empty(N, D * H), hx.new_empty(num_layers * D, B, H), data.new_empty(size)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::gru_packed_forward", lib=library)
+def _(data, batch_sizes, hx, params, has_biases, num_layers, bidirectional, dropout_masks, save, *, recompute=False):
+    return empty_packed_results(data, batch_sizes, hx, num_layers, bidirectional, save)
+
+
+library.define(
+    "gru_packed_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor data, Tensor batch_sizes, Tensor hx, "
+    "Tensor[] params, bool has_biases, int num_layers, bool bidirectional, Tensor? dropout_masks, Tensor output, "
+    "Tensor reserve, bool[] needs) -> Tensor[]",
+    tags=(_UNSAFE,),
+)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::gru_packed_backward", lib=library)
+def _(grad_output, grad_h_n, data, batch_sizes, hx, params, has_biases, num_layers, bidirectional,
+      dropout_masks, output, reserve, needs):
+    return empty_grads([data, hx, *params], needs)
+
+
+# ---- around gru_packed ----------------------------------------------------------------
+#
+# Sizes that depend on lengths are new symbols of a graph.  `batch` is the number of sequences where the caller knows it;
+# without it, it is read from batch_sizes and one more such symbol.
+
+# A tensor of lengths that a model got as a list, whose elements may be symbols; `torch.as_tensor` makes them constants.
+library.define("lengths_tensor(SymInt[] lengths) -> Tensor")
+
+
+@torch.library.register_fake(f"{NAMESPACE}::lengths_tensor", lib=library)
+def _(lengths):
+    return torch.empty(len(lengths), dtype=torch.int64, device="cpu")
+
+
+_DYNAMIC = (torch.Tag.dynamic_output_shape, _UNSAFE)
+
+library.define("pack_padded(Tensor input, Tensor lengths, bool batch_first) -> (Tensor, Tensor)", tags=_DYNAMIC)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::pack_padded", lib=library)
+def _(input, lengths, batch_first):
+    check_pack_padded(input, lengths, batch_first)
+    longest = input.shape[1 if batch_first else 0]
+    rows = torch_hooks.new_unbacked_size(1)
+    steps = torch_hooks.new_unbacked_size(1, longest if isinstance(longest, int) else None)
+    return input.new_empty(rows, *input.shape[2:]), lengths.new_empty(steps)
+
+
+library.define(
+    "pad_packed(Tensor data, Tensor batch_sizes, bool batch_first, Scalar padding_value, SymInt? total_length, "
+    "SymInt? batch) -> (Tensor, Tensor)",
+    tags=_DYNAMIC,
+)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::pad_packed", lib=library)
+def _(data, batch_sizes, batch_first, padding_value, total_length, batch):
+    steps = batch_sizes.shape[0] if total_length is None else total_length
+    batch = torch_hooks.new_unbacked_size(1) if batch is None else batch
+    padded = data.new_empty(steps, batch, *data.shape[1:])
+    return padded.transpose(0, 1) if batch_first else padded, batch_sizes.new_empty(batch)
+
+
+# The rows of pad_packed's result that are not padding: `rows` of them, what pad_packed was given.
+library.define("unpad(Tensor padded, Tensor batch_sizes, bool batch_first, SymInt rows) -> Tensor", tags=(_UNSAFE,))
+
+
+@torch.library.register_fake(f"{NAMESPACE}::unpad", lib=library)
+def _(padded, batch_sizes, batch_first, rows):
+    return padded.new_empty(rows, *padded.shape[2:])
+
+
+library.define("packed_zeros(Tensor data, Tensor batch_sizes, int states, int hidden) -> Tensor", tags=_DYNAMIC)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::packed_zeros", lib=library)
+def _(data, batch_sizes, states, hidden):
+    return data.new_empty(states, torch_hooks.new_unbacked_size(1), hidden)
 
 
 # ---- gru_cell -------------------------------------------------------------------------

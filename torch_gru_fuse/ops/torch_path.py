@@ -3,22 +3,27 @@
 Inference is `torch.gru` (on CUDA: cuDNN).  For training `torch.gru` would keep its gates to itself, so the same operations run
 here and save them; the backward then runs the recurrence of dh alone, and each weight gradient is one product over all time
 steps and not one a step.
+
+Packed sequences take the same way, over the rows that each step has.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from torch_gru_fuse import equations
-from torch_gru_fuse.ops.call import GRUCall
+from torch_gru_fuse import equations, equations_packed
+from torch_gru_fuse.ops.call import GRUCall, PackedCall
 
 
-def gru_forward(call: GRUCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+def gru_forward(call: GRUCall | PackedCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     return _forward_saving(call) if save else (*_forward(call), call.input.new_empty(0))
 
 
-def _forward(call: GRUCall) -> tuple[Tensor, Tensor]:
+def _forward(call: GRUCall | PackedCall) -> tuple[Tensor, Tensor]:
     hx, params, has_biases = call.hx, call.params, call.has_biases
     if call.input.is_cuda:
         hx, params = hx.contiguous(), [p.contiguous() for p in params]  # cuDNN's conditions
@@ -29,41 +34,54 @@ def _forward(call: GRUCall) -> tuple[Tensor, Tensor]:
             params = [t for w_ih, w_hh in zip(params[::2], params[1::2], strict=True) for t in (w_ih, w_hh, zero, zero)]
             has_biases = True
 
-    def run(x: Tensor, h: Tensor, p: list[Tensor], layers: int) -> tuple[Tensor, Tensor]:
-        return torch.gru(x, h, p, has_biases, layers, 0.0, False, call.bidirectional, False)
-
     if call.dropout_masks is None:
-        output, h_n = run(call.input, hx, params, call.L)
+        output, h_n = call.torch_gru(call.input, hx, params, has_biases, call.L)
         return output.contiguous(), h_n.contiguous()
 
     per_layer = len(params) // call.L
     x, finals = call.input, []
     for layer in range(call.L):
-        x, final = run(x, hx[call.states(layer)], params[layer * per_layer : (layer + 1) * per_layer], 1)
+        of_layer = params[layer * per_layer : (layer + 1) * per_layer]
+        x, final = call.torch_gru(x, hx[call.states(layer)], of_layer, has_biases, 1)
         finals.append(final)
         if layer < call.L - 1:
             x = call.mask(x, layer)
     return x.contiguous(), torch.cat(finals)
 
 
-def _forward_saving(call: GRUCall) -> tuple[Tensor, Tensor, Tensor]:
+def _layer_functions(call: GRUCall | PackedCall) -> tuple[Callable[..., None], Callable[..., tuple[Tensor | None, ...]]]:
+    """Forward and backward of one layer and direction; the former fills outputs, gates and the last state."""
+    if isinstance(call, PackedCall):
+        sizes = call.step_sizes()
+        return (
+            functools.partial(equations_packed.gru_layer_saving, sizes=sizes),
+            functools.partial(equations_packed.gru_layer_backward, sizes=sizes),
+        )
+    return _layer_saving, equations.gru_layer_backward
+
+
+def _layer_saving(*args: Tensor | None, reverse: bool) -> None:
+    *arguments, out, gates, final = args
+    equations.gru_layer_saving(*arguments, out, gates, reverse=reverse)
+    final.copy_(out[0 if reverse else -1])
+
+
+def _forward_saving(call: GRUCall | PackedCall) -> tuple[Tensor, Tensor, Tensor]:
     output, h_n, reserve = call.empty_results(True)
     layer_outputs, gates = call.saved_gates(reserve)
+    saving, _ = _layer_functions(call)
     for layer in range(call.L):
         x = call.layer_input(layer, layer_outputs)
         out = output if layer == call.L - 1 else layer_outputs[layer]
         for d in range(call.D):
             state = layer * call.D + d
             columns = out[..., d * call.H : (d + 1) * call.H]
-            equations.gru_layer_saving(
-                x, call.hx[state], *call.parameters(state), columns, gates[layer, d], reverse=d == 1
-            )
-            h_n[state] = columns[0 if d else -1]
+            saving(x, call.hx[state], *call.parameters(state), columns, gates[layer, d], h_n[state], reverse=d == 1)
     return output, h_n, reserve
 
 
 def gru_backward(
-    call: GRUCall,
+    call: GRUCall | PackedCall,
     grad_output: Tensor | None,
     grad_h_n: Tensor | None,
     output: Tensor,
@@ -76,6 +94,7 @@ def gru_backward(
     grad_params: list[Tensor | None] = [None] * len(call.params)
     tensors_each = 4 if call.has_biases else 2
 
+    _, layer_backward = _layer_functions(call)
     grad = grad_output
     for layer in reversed(range(call.L)):
         out = output if layer == call.L - 1 else layer_outputs[layer]
@@ -85,7 +104,7 @@ def gru_backward(
             state = layer * call.D + d
             columns = slice(d * call.H, (d + 1) * call.H)
             wanted = need_params[call.places(state)]
-            dx, dh0, *d_params = equations.gru_layer_backward(
+            dx, dh0, *d_params = layer_backward(
                 None if grad is None else grad[..., columns],
                 None if grad_h_n is None else grad_h_n[state],
                 x, call.hx[state], out[..., columns], *call.parameters(state),

@@ -10,16 +10,27 @@ from torch.fx import Node
 
 from torch_gru_fuse.ops.checks import DTYPES
 
-#: The arguments of the two functions, in order, with their defaults.
+#: The arguments of the functions, in order, with their defaults; `gru_packed` is the overload of torch.gru for packed data.
 _REQUIRED = object()
 SIGNATURES: dict[str, dict[str, object]] = {
     "gru": dict.fromkeys(
         ("input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first"),
         _REQUIRED,
     ),
+    "gru_packed": dict.fromkeys(
+        ("data", "batch_sizes", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional"), _REQUIRED
+    ),
     "gru_cell": {**dict.fromkeys(("input", "hx", "w_ih", "w_hh"), _REQUIRED), "b_ih": None, "b_hh": None},
 }
 DEVICES = ("cpu", "cuda")
+
+
+def overload_of_gru(node: Node) -> str:
+    """"gru" or "gru_packed": which overload a call of torch.gru is.  The third argument is a list in the one, a tensor in the
+    other."""
+    third = node.args[2] if len(node.args) > 2 else node.kwargs.get("params")
+    packed = isinstance(third, Node) or "data" in node.kwargs or "batch_sizes" in node.kwargs
+    return "gru_packed" if packed else "gru"
 
 
 def bind(target: str, node: Node) -> dict[str, object] | None:
@@ -46,10 +57,10 @@ def _value(arg: object) -> object:
 
 def overload(target: str, node: Node) -> str | None:
     bound = bind(target, node)
-    if target == "gru" and (bound is None or isinstance(bound["params"], Node) or not isinstance(bound["params"], Sequence)):
-        return "it is the overload for a PackedSequence (data, batch_sizes, ...)"
     if bound is None:
-        return "its arguments are not those of torch.gru_cell"
+        return f"its arguments are not those of torch.{'gru_cell' if target == 'gru_cell' else 'gru'}"
+    if "params" in bound and not isinstance(bound["params"], Sequence):
+        return "its parameters are not a list"
     return None
 
 
@@ -59,6 +70,8 @@ def _tensors(target: str, node: Node) -> list[object]:
     args = [*bound.values()]
     if target == "gru":
         args = [bound["input"], bound["hx"], *bound["params"]]  # type: ignore[misc]
+    elif target == "gru_packed":
+        args = [bound["data"], bound["hx"], *bound["params"]]  # type: ignore[misc]
     return [_value(a) for a in args if a is not None]
 
 

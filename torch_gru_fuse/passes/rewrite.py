@@ -29,7 +29,7 @@ class Rewrite:
     """One call of `torch.gru` or `torch.gru_cell` that a compilation found.
 
     Attributes:
-        target: "gru" or "gru_cell".
+        target: "gru", "gru_packed" (the overload of torch.gru for a PackedSequence) or "gru_cell".
         module: path of the nn.Module that made the call, as "encoder.rnn (GRU)", or "".
         source: the user's line that made the call, as 'File "model.py", line 12, in forward', or "".
         reason: why it was left as it was; None where it was rewritten.
@@ -46,9 +46,10 @@ class Rewrite:
 
     def __str__(self) -> str:
         where = self.module or self.source or "a function"
+        function = f"torch.{'gru' if self.target == 'gru_packed' else self.target}"
         if self.rewritten:
-            return f"torch.{self.target} in {where} -> torch_gru_fuse.{self.target}"
-        return f"torch.{self.target} in {where} not rewritten: {self.reason}"
+            return f"{function} in {where} -> torch_gru_fuse.{self.target}"
+        return f"{function} in {where} not rewritten: {self.reason}"
 
 
 @dataclass
@@ -92,10 +93,11 @@ def _describe(target: str, node: Node, reason: str | None) -> Rewrite:
     return Rewrite(target, module, frames[-1] if frames else "", reason)
 
 
-def _replace(target: str, graph: Graph, node: Node) -> None:
+def _replace(function: str, graph: Graph, node: Node) -> None:
+    target = _target(function, node)
     bound = guards.bind(target, node)
     assert bound is not None
-    options = {"recompute": True} if settings.recompute and target == "gru" else {}
+    options = {"recompute": True} if settings.recompute and target != "gru_cell" else {}
     with graph.inserting_before(node):
         fused = graph.call_function(getattr(ops, target).default, tuple(bound.values()), options)
     fused.meta.update(node.meta)
@@ -104,7 +106,13 @@ def _replace(target: str, graph: Graph, node: Node) -> None:
     log.debug("%s", record)
 
 
-def _check(target: str, node: Node) -> bool:
+def _target(function: str, node: Node) -> str:
+    """The op for a call of `torch.gru` or `torch.gru_cell`."""
+    return guards.overload_of_gru(node) if function == "gru" else function
+
+
+def _check(function: str, node: Node) -> bool:
+    target = _target(function, node)
     reason = guards.why_not(target, node)
     if reason is not None:
         _found.append(record := _describe(target, node, reason))

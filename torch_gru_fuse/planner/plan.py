@@ -183,6 +183,11 @@ def plan_gru(
     return _plan_gru(T, B, I, H, L, D, dtype, tf32_allowed, training, cudnn, choice(), gpu, dropout, captured)
 
 
+def plan_gru_packed(N: int, I: int, H: int, L: int, D: int, dtype: str, *, training: bool) -> Plan:
+    """Plan of packed sequences: N rows of all time steps, I inputs, H units, L layers, D directions."""
+    return Plan("torch", None, False, "no kernels for sequences of different lengths yet")
+
+
 @functools.lru_cache(maxsize=4096)
 def _plan_gru(
     T: int, B: int, I: int, H: int, L: int, D: int, dtype: str, tf32_allowed: bool, training: bool, cudnn: bool,

@@ -1,0 +1,243 @@
+"""Packed sequences where a GPU is needed: cuDNN behind the op, compiled models, CUDA graphs; against torch's own calls."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from problems import assert_same, ops, packed_args, value_and_grads
+from test_packed_rewrite import Tagger, batch, counted
+from torch import nn
+from torch.library import opcheck
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import torch_gru_fuse
+import torch_gru_fuse.functional as fused
+from torch_gru_fuse.ops import cudnn_path, torch_path
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk"),
+]
+
+#: As test_gpu.py: both sides round operands to 2^-11 (tf32, fp16) or 2^-8 (bf16).
+TOLERANCE = {"float64": 1e-12, "ieee": 5e-5, "tf32": 2e-2, "float16": 2e-2, "bfloat16": 1.5e-1}
+
+
+@pytest.fixture(params=TOLERANCE)
+def precision(request):
+    """(dtype, tolerance) with torch's flags set."""
+    name = request.param
+    dtype = torch.float32 if name in ("ieee", "tf32") else getattr(torch, name)
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=name == "tf32"):
+        yield dtype, TOLERANCE[name]
+    torch.set_float32_matmul_precision("highest")
+
+
+def args_of(**options):
+    return packed_args(train=True, device="cuda", **options)  # cuDNN has no backward without train
+
+
+def differentiated(args):
+    return [args[0], args[2], *args[3]]
+
+
+VARIANTS = [
+    {},
+    {"lengths": (1,), "I": 1, "H": 1, "L": 1},
+    {"lengths": (9, 9, 8, 5, 5, 5, 1), "I": 33, "H": 65, "bidirectional": True},
+    {"lengths": tuple(range(40, 0, -1)), "I": 16, "H": 160, "L": 1, "bias": False},
+    {"lengths": (12, 12, 7, 1, 1), "I": 48, "H": 256, "L": 3, "bidirectional": True},
+    {"lengths": (100, *[1] * 60), "I": 16, "H": 64},  # cuDNN's room is for 6100 rows, of which there are 160
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_gives_what_cudnn_gives(precision, variant, nan_filled_empty):
+    dtype, tolerance = precision
+    args = args_of(dtype=dtype, **variant)
+    inputs = differentiated(args)
+    assert_same(value_and_grads(fused.gru_packed, args, inputs), value_and_grads(torch.gru, args, inputs), tolerance)
+    with torch.no_grad():
+        assert_same(fused.gru_packed(*args), torch.gru(*args), tolerance)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_dropout_masks(bias, bidirectional):
+    """Layer by layer, against the CPU's in float64."""
+    data, sizes, hx, params, _, L, *_ = packed_args((9, 7, 7, 2), I=8, H=32, L=3, bias=bias, bidirectional=bidirectional)
+    width = 32 * (1 + bidirectional)
+    masks = torch.bernoulli(torch.full((2, data.shape[0], width), 0.5)) * 2
+
+    def run(masks):
+        return lambda data, hx, params: ops.gru_packed_forward(data, sizes, hx, params, bias, L, bidirectional, masks, True)[:2]
+
+    def moved(**kind):
+        tensors = [t.detach().to(**kind).requires_grad_() for t in (data, hx, *params)]
+        return value_and_grads(run(masks.to(**kind)), (*tensors[:2], tensors[2:]), tensors)
+
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        actual = moved(device="cuda")
+    assert_same([a.cpu().double() for a in actual], moved(dtype=torch.float64), 5e-5)
+
+
+def test_without_cudnn():
+    args = args_of(dtype=torch.float32, bidirectional=True)
+    inputs = differentiated(args)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        expected = value_and_grads(torch.gru, args, inputs)
+    with torch.backends.cudnn.flags(enabled=False):
+        assert_same(value_and_grads(fused.gru_packed, args, inputs), expected, 5e-5)
+        with torch.no_grad():
+            assert_same(fused.gru_packed(*args), expected[:2], 5e-5)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_backward_knows_what_made_the_reserve(monkeypatch, first):
+    args = args_of(dtype=torch.float32)
+    inputs = differentiated(args)
+    used = []
+    for path in (cudnn_path, torch_path):
+        backward = path.gru_backward
+        monkeypatch.setattr(path, "gru_backward", lambda *a, p=path, b=backward: used.append(p) or b(*a))
+    with torch.backends.cudnn.flags(enabled=first, allow_tf32=False):
+        output, h_n = fused.gru_packed(*args)
+    with torch.backends.cudnn.flags(enabled=not first, allow_tf32=False):
+        grads = torch.autograd.grad(output.sum() + h_n.sum(), inputs)
+    assert used == [cudnn_path if first else torch_path]
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        output, h_n = torch.gru(*args)
+        assert_same(grads, torch.autograd.grad(output.sum() + h_n.sum(), inputs), 5e-5)
+
+
+def test_opcheck():
+    data, sizes, hx, params, bias, L, *_ = args_of()
+    masks = torch.ones(1, data.shape[0], 6, device="cuda")
+    for save, m in ((False, None), (True, None), (True, masks)):
+        opcheck(ops.gru_packed_forward.default, (data, sizes, hx, params, bias, L, False, m, save))
+    data, hx, *params = [t.detach() for t in (data, hx, *params)]
+    output, h_n, reserve = ops.gru_packed_forward(data, sizes, hx, params, bias, L, False, masks, True)
+    opcheck(ops.gru_packed_backward.default, (
+        output, h_n, data, sizes, hx, params, bias, L, False, masks, output, reserve, [True] * (2 + len(params))
+    ))  # fmt: skip
+
+
+def test_wrong_sizes_are_errors():
+    data, sizes, *rest = args_of()
+    for wrong, message in ((sizes.flip(0), "must not increase"), (sizes + 1, "has a sum of"),
+                           (sizes.cuda(), "expected it on the CPU")):  # fmt: skip
+        with pytest.raises(RuntimeError, match=message):
+            fused.gru_packed(data, wrong, *rest)
+    torch.cuda.synchronize()
+
+
+def synchronizations(function):
+    """How often `function()` waits for the GPU, by torch's own account."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            function()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(w.message) for w in caught)
+
+
+def test_nothing_waits_for_the_gpu_but_what_cudnn_does():
+    args = args_of(bidirectional=True)
+    inputs = differentiated(args)
+
+    def train(function):
+        output, h_n = function(*args)
+        torch.autograd.grad(output.sum() + h_n.sum(), inputs)
+
+    for function in (fused.gru_packed, torch.gru):  # cuDNN's plans, workspaces
+        train(function)
+    assert synchronizations(lambda: train(fused.gru_packed)) <= synchronizations(lambda: train(torch.gru))
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_packing_and_padding(batch_first):
+    x = torch.randn(*((3, 5) if batch_first else (5, 3)), 2, device="cuda", requires_grad=True)
+    lengths = torch.tensor([4, 4, 2])
+    packed = pack_padded_sequence(x, lengths, batch_first)
+    data, sizes = ops.pack_padded(x, lengths, batch_first)
+    assert torch.equal(data, packed.data) and torch.equal(sizes, packed.batch_sizes) and not sizes.is_cuda
+    for total_length in (None, 6):
+        expected = pad_packed_sequence(packed, batch_first, -1.0, total_length)
+        actual = ops.pad_packed(data, sizes, batch_first, -1.0, total_length, None)
+        assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
+        grad = torch.randn_like(actual[0])
+        assert torch.equal(*(torch.autograd.grad(out[0], x, grad, retain_graph=True)[0] for out in (actual, expected)))
+
+
+# ---- compiled models ----------------------------------------------------------------------------------------------------
+
+
+def on_gpu(args):
+    x, lengths, *rest = args
+    return x.cuda(), lengths, *rest  # lengths stay on the CPU
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("enforce_sorted", [True, False])
+def test_compiled_models(mode, enforce_sorted):
+    """Of the same size, other lengths: what a CUDA graph was recorded with must not stay."""
+    model = Tagger(enforce_sorted, num_layers=2, bidirectional=True).cuda()
+    calls = [on_gpu(batch(enforce_sorted, seed=seed)) for seed in (0, 0, 1, 2, 0)]
+    calls += [on_gpu(batch(enforce_sorted, 5, 9, seed=seed)) for seed in (0, 1)]
+    params = [*model.parameters()]
+    with torch_gru_fuse.enable(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        compiled = torch.compile(model, fullgraph=True, mode=mode)
+        for args in calls:
+            expected = value_and_grads(model, args, params)
+            actual, counts = counted(lambda args=args: [t.clone() for t in value_and_grads(compiled, args, params)])
+            assert_same(actual, expected, 1e-4)
+            assert counts == {"gru_forward": 1, "gru_backward": 1}
+            with torch.no_grad():
+                assert_same([t.clone() for t in compiled(*args)], model(*args), 1e-4)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_packed_outside_of_the_compiled_module(mode):
+    """N and T are the same, batch_sizes are not: nothing but an input on the CPU says so."""
+    rnn = nn.GRU(5, 64).cuda().requires_grad_(False)
+    with torch_gru_fuse.enable(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        compiled = torch.compile(rnn, fullgraph=True, mode=mode)
+        for lengths in ([5, 3, 3, 1], [5, 3, 3, 1], [5, 3, 3, 1], [5, 4, 2, 1], [5, 5, 1, 1], [5, 3, 3, 1]):
+            packed = pack_padded_sequence(torch.randn(5, 4, 5, device="cuda"), lengths)
+            (actual, h_n), (expected, expected_h_n) = compiled(packed), rnn(packed)
+            assert_same([actual.data.clone(), h_n.clone()], [expected.data, expected_h_n], 1e-4)
+
+
+def test_training_under_autocast():
+    model = Tagger(num_layers=2, bidirectional=True).cuda()
+    args, params = on_gpu(batch()), [*model.parameters()]
+
+    def loss(model):
+        def run(*args):
+            with torch.autocast("cuda"):
+                return model(*args)
+
+        return run
+
+    with torch_gru_fuse.enable():
+        actual = value_and_grads(loss(torch.compile(model, fullgraph=True)), args, params)
+    assert_same(actual, value_and_grads(loss(model), args, params), 4e-2)
+
+
+def test_dropout_between_layers_in_training():
+    """Different from one call to the next, the same for the same seed, zeros in no more than their share."""
+    model = Tagger(num_layers=2, dropout=0.5).cuda().train()
+    args = on_gpu(batch())
+    with torch_gru_fuse.enable():
+        compiled = torch.compile(copy.deepcopy(model), fullgraph=True)
+        results = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            results.append(compiled(*args)[0])
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
