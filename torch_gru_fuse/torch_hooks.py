@@ -636,6 +636,40 @@ def child_graphs(gm: torch.fx.GraphModule) -> list[torch.fx.GraphModule]:
 
 
 # ---------------------------------------------------------------------------------------
+# Graphs: symbolic sizes, the memory behind fake tensors
+# ---------------------------------------------------------------------------------------
+
+
+def known_equal(left: Any, right: Any) -> bool:
+    """Whether two sizes of a graph are known to be equal; a symbolic one gets no guard by being asked."""
+    if isinstance(left, int) and isinstance(right, int):
+        return left == right
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(left == right))
+
+
+def storage_key(tensor: Tensor) -> int:
+    """A number that two tensors share exactly while they share memory; fake tensors too."""
+    return tensor.untyped_storage()._cdata
+
+
+def is_overload(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload)
+
+
+def written_arguments(overload: Any) -> list[tuple[int, str]]:
+    """Position and name of the arguments that an op changes in place."""
+    arguments = enumerate(overload._schema.arguments)
+    return [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
+
+
+def changes_nothing(target: Any) -> bool:
+    """Whether a function in a graph of Dynamo is there only for PyTorch's own statistics."""
+    return target is torch._C._log_api_usage_once
+
+
+# ---------------------------------------------------------------------------------------
 # Pattern matcher
 # ---------------------------------------------------------------------------------------
 
