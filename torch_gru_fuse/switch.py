@@ -45,7 +45,12 @@ def _shapes(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     return ops.gru.default(*args, **kwargs)
 
 
-dynamo_hook = torch_hooks.DynamoHook(_will_be_rewritten, _shapes)
+def _cell_shape(*args: Any, **kwargs: Any) -> Tensor:
+    """The same for `torch.gru_cell`."""
+    return ops.gru_cell.default(*args, **kwargs)
+
+
+dynamo_hook = torch_hooks.DynamoHook(_will_be_rewritten, _shapes, _cell_shape)
 inductor_hook = torch_hooks.InductorHook(rewrite, cache_tag)
 
 

@@ -416,20 +416,27 @@ def dynamo_backend_in_progress() -> Any | None:
 
 
 class DynamoHook:
-    """Lets `torch.nn.GRU` into the graph and makes the shapes of `torch.gru` by `shape_rule`.
+    """Lets `torch.nn.GRU` into the graph and makes the shapes of `torch.gru` and `torch.gru_cell` by rules.
 
     Args:
         wants: called with a Dynamo backend; says whether graphs for it will be rewritten.
             For every other backend Dynamo behaves as without this package.
         shape_rule: called with the arguments of `torch.gru` on fake tensors; returns
             ``(output, h_n)``.
+        cell_shape_rule: the same for `torch.gru_cell`; returns the new hidden state.
 
     nn.RNN and nn.LSTM are not touched.
     """
 
-    def __init__(self, wants: Callable[[Any], bool], shape_rule: Callable[..., tuple[Tensor, Tensor]]):
+    def __init__(
+        self,
+        wants: Callable[[Any], bool],
+        shape_rule: Callable[..., tuple[Tensor, Tensor]],
+        cell_shape_rule: Callable[..., Tensor] | None = None,
+    ):
         self._wants = wants
         self._shape_rule = shape_rule
+        self._cell_shape_rule = cell_shape_rule
         self._undo: list[Callable[[], None]] = []
 
     @property
@@ -441,6 +448,8 @@ class DynamoHook:
             return
         self._install_module_hook()
         self._install_shape_rule()
+        if self._cell_shape_rule is not None:
+            self._install_cell_shape_rule(self._cell_shape_rule)
 
     def remove(self) -> None:
         while self._undo:
@@ -493,6 +502,33 @@ class DynamoHook:
 
         put({key: with_fallback(original) for key, original in originals.items()})
         self._undo.append(lambda: put(originals))
+
+    def _install_cell_shape_rule(self, shape_rule: Callable[..., Tensor]) -> None:
+        # A cell in a loop is run on fake tensors once a step.  By itself it has no rule in Python: PyTorch makes it of a dozen
+        # operations, which takes more than half of the time that Dynamo spends on a step.
+        op = torch.ops.aten.gru_cell.default
+        key = torch._C.DispatchKey.CompositeImplicitAutograd
+        before = op.py_kernels.get(key)
+        wants = self._wants
+
+        def rule(*args: Any, **kwargs: Any) -> Any:
+            if _only_shapes_are_asked(args) and wants(dynamo_backend_in_progress()):
+                return shape_rule(*args, **kwargs)
+            if before is not None:
+                return before(*args, **kwargs)
+            return op._op_dk(key, *args, **kwargs)  # the kernel in C++; `decompose` would come back here
+
+        op.py_kernels[key] = rule
+        op._dispatch_cache.clear()
+
+        def undo() -> None:
+            if before is None:
+                del op.py_kernels[key]
+            else:
+                op.py_kernels[key] = before
+            op._dispatch_cache.clear()
+
+        self._undo.append(undo)
 
 
 def _break_on_packed_sequence(variable: Any, without_hook: Callable[[], Any]) -> Any:

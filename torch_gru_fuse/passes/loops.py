@@ -308,8 +308,12 @@ class Roller:
                 node.replace_all_uses_with(select)
             self._replaced[node] = here
             inputs = node.all_input_nodes
-            graph.erase_node(node)
+            if node is last:  # new nodes still go before it
+                node.args, node.kwargs = (), {}
+            else:
+                graph.erase_node(node)
             erase_unused(graph, inputs, keep)
+        graph.erase_node(last)
         self._regions.forget()
         return call
 
@@ -330,45 +334,68 @@ class Roller:
         return fused
 
     def _sequence(self, emit: Emitter, parts: list[Region], nodes: list[Node | None]) -> Node:
-        """The inputs of all steps as one tensor [T, B, I]."""
-        first = parts[0]
-        if all(p == first for p in parts):
-            one = emit.region(first)
-            return emit(aten.expand.default, emit(aten.unsqueeze.default, one, 0), [len(parts), -1, -1])
-        if (along := _slices(parts)) is not None:
-            dim, start, step = along
-            base = emit.region(Region(first.base, tuple(None if d == dim else e for d, e in enumerate(first.extents))))
-            dim -= sum(isinstance(e, int) for e in first.extents[:dim])
-            if dim != 0:
-                base = emit(aten.movedim.int, base, dim, 0)
-            low, high = sorted((start, start + step * (len(parts) - 1)))
-            if (low, high + 1, abs(step)) != (0, shape(base)[0], 1):
-                base = emit(aten.slice.Tensor, base, 0, low, high + 1, abs(step))
-            return base if step > 0 else emit(aten.flip.default, base, [0])
-        return emit(aten.stack.default, [n if n is not None and self._is_there(n) else emit.region(p)
-                                         for n, p in zip(nodes, parts, strict=True)], 0)  # fmt: skip
+        """The inputs of all steps as one tensor [T, B, I]: slices of one tensor as a range of it, others stacked."""
+        pieces: list[Node] = []
+        single: list[Node] = []
 
-    def _is_there(self, node: Node) -> bool:
-        return node not in self._replaced
+        def stack() -> None:
+            if single:
+                pieces.append(emit(aten.stack.default, list(single), 0))
+                single.clear()
+
+        at = 0
+        while at < len(parts):
+            end, dim, step = _slices(parts, at)
+            if end - at >= SHORTEST:
+                stack()
+                pieces.append(_range(emit, parts[at], dim, step, end - at))
+            else:
+                node = nodes[at]
+                single.append(emit.region(parts[at]) if node is None or node in self._replaced else node)
+            at = end
+        stack()
+        return pieces[0] if len(pieces) == 1 else emit(aten.cat.default, pieces, 0)
 
 
-def _slices(parts: Sequence[Region]) -> tuple[int, int, int] | None:
-    """The dimension along which regions lie one after the other, the index of the first, and the step between two."""
-    first, second = parts[:2]
-    if len(first.extents) != len(second.extents):
-        return None
-    differing = [d for d, (a, b) in enumerate(zip(first.extents, second.extents, strict=True)) if a != b]
-    if len(differing) != 1:
-        return None
-    [dim] = differing
-    if not isinstance(first.extents[dim], int) or not isinstance(second.extents[dim], int):
-        return None
-    start, step = first.extents[dim], second.extents[dim] - first.extents[dim]
-    before, after = first.extents[:dim], first.extents[dim + 1 :]
-    for t, part in enumerate(parts):
-        if part.base is not first.base or part.extents != (*before, start + step * t, *after):
-            return None
-    return dim, start, step
+def _slices(parts: Sequence[Region], start: int) -> tuple[int, int, int]:
+    """The regions from `start` on that lie one after the other along a dimension: where they end, the dimension, and the step
+    from one to the next, 0 where all are the same."""
+    first = parts[start]
+    if start + 1 == len(parts) or len(first.extents) != len(parts[start + 1].extents):
+        return start + 1, 0, 0
+    differing = [d for d, (a, b) in enumerate(zip(first.extents, parts[start + 1].extents, strict=True)) if a != b]
+    if len(differing) > 1:
+        return start + 1, 0, 0
+    dim, step = 0, 0
+    if differing:
+        [dim] = differing
+        index, following = first.extents[dim], parts[start + 1].extents[dim]
+        if not isinstance(index, int) or not isinstance(following, int):
+            return start + 1, 0, 0
+        step = following - index
+    end = start + 1
+    while end < len(parts):
+        expected = first if not step else first.replace(dim, first.extents[dim] + step * (end - start))  # type: ignore[operator]
+        if parts[end] != expected:
+            break
+        end += 1
+    return end, dim, step
+
+
+def _range(emit: Emitter, first: Region, dim: int, step: int, count: int) -> Node:
+    """`count` regions, from `first` on with `step` between, along a new first dimension."""
+    if step == 0:
+        return emit(aten.expand.default, emit(aten.unsqueeze.default, emit.region(first), 0), [count, -1, -1])
+    start = first.extents[dim]
+    assert isinstance(start, int)
+    base = emit.region(first.replace(dim, None))
+    dim -= sum(isinstance(e, int) for e in first.extents[:dim])
+    if dim != 0:
+        base = emit(aten.movedim.int, base, dim, 0)
+    low, high = sorted((start, start + step * (count - 1)))
+    if (low, high + 1, abs(step)) != (0, shape(base)[0], 1):
+        base = emit(aten.slice.Tensor, base, 0, low, high + 1, abs(step))
+    return base if step > 0 else emit(aten.flip.default, base, [0])
 
 
 def _grouped(refused: dict[Cell, str]) -> list[Loop]:

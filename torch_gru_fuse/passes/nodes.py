@@ -94,7 +94,7 @@ class Region:
         full = shape(self.base)
         return tuple(full[d] if e is None else e[1] - e[0] for d in self.visible for e in [self.extents[d]])
 
-    def _replace(self, dim: int, extent: Extent) -> Region:
+    def replace(self, dim: int, extent: Extent) -> Region:
         return Region(self.base, (*self.extents[:dim], extent, *self.extents[dim + 1 :]))
 
     def select(self, dim: int, index: int) -> Region | None:
@@ -105,7 +105,7 @@ class Region:
             if not isinstance(size, int):
                 return None
             index += size
-        return self._replace(d, start + index)
+        return self.replace(d, start + index)
 
     def narrow(self, dim: int, start: int, stop: int) -> Region:
         d = self.visible[dim]
@@ -113,7 +113,7 @@ class Region:
         if start == 0 and isinstance(size, int) and stop == size:
             return self
         offset = self.extents[d][0] if self.extents[d] is not None else 0
-        return self._replace(d, (offset + start, offset + stop))
+        return self.replace(d, (offset + start, offset + stop))
 
     def part(self, extents: Iterable[Extent]) -> Region | None:
         """The part `extents` of this region's own dimensions."""
