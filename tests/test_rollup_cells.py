@@ -463,8 +463,8 @@ COMPLEMENTS = [
 ]  # fmt: skip
 PIECES = [
     lambda g: g.chunk(3, 1), lambda g: torch.chunk(g, 3, dim=-1), lambda g: g.split(H, 1),
-    lambda g: torch.split(g, [H] * 3, -1), lambda g: (g[:, :H], g[:, H : 2 * H], g[:, 2 * H :]), lambda g: [g[..., i * H : (i + 1) * H] for i in range(3)],
-    lambda g: [g.narrow(1, i * H, H) for i in range(3)],
+    lambda g: torch.split(g, [H] * 3, -1), lambda g: (g[:, :H], g[:, H : 2 * H], g[:, 2 * H :]),
+    lambda g: [g[..., i * H : (i + 1) * H] for i in range(3)], lambda g: [g.narrow(1, i * H, H) for i in range(3)],
 ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torch_gru_fuse import torch_hooks
 from torch_gru_fuse.ops.schemas import ops
-from torch_gru_fuse.passes.rewrite import cache_tag, rewrite, settings
+from torch_gru_fuse.passes.rewrite import cache_tag, record_packed, rewrite, settings
 
 log = logging.getLogger("torch_gru_fuse")
 
@@ -50,7 +50,7 @@ def _cell_shape(*args: Any, **kwargs: Any) -> Tensor:
     return ops.gru_cell.default(*args, **kwargs)
 
 
-dynamo_hook = torch_hooks.DynamoHook(_will_be_rewritten, _shapes, _cell_shape)
+dynamo_hook = torch_hooks.DynamoHook(_will_be_rewritten, _shapes, _cell_shape, record_packed)
 inductor_hook = torch_hooks.InductorHook(rewrite, cache_tag)
 
 

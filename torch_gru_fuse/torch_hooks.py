@@ -415,6 +415,13 @@ def dynamo_backend_in_progress() -> Any | None:
     return innermost_backend(tx.output.compiler_fn)
 
 
+def without_recompile_limit() -> contextlib.AbstractContextManager[None]:
+    """Context in which Dynamo compiles a function for one more backend, however many it was compiled for before."""
+    from torch._dynamo import config
+
+    return config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20)
+
+
 class DynamoHook:
     """Lets `torch.nn.GRU` into the graph and makes the shapes of `torch.gru` and `torch.gru_cell` by rules.
 
@@ -424,6 +431,8 @@ class DynamoHook:
         shape_rule: called with the arguments of `torch.gru` on fake tensors; returns
             ``(output, h_n)``.
         cell_shape_rule: the same for `torch.gru_cell`; returns the new hidden state.
+        on_packed: called with the name of a module and the user's line where nn.GRU is called with a PackedSequence, which
+            breaks the graph.
 
     nn.RNN and nn.LSTM are not touched.
     """
@@ -433,10 +442,12 @@ class DynamoHook:
         wants: Callable[[Any], bool],
         shape_rule: Callable[..., tuple[Tensor, Tensor]],
         cell_shape_rule: Callable[..., Tensor] | None = None,
+        on_packed: Callable[[str, str], None] = lambda module, source: None,
     ):
         self._wants = wants
         self._shape_rule = shape_rule
         self._cell_shape_rule = cell_shape_rule
+        self._on_packed = on_packed
         self._undo: list[Callable[[], None]] = []
 
     @property
@@ -460,7 +471,7 @@ class DynamoHook:
         from torch._dynamo.variables.builder import VariableBuilder
 
         original = VariableBuilder.wrap_module
-        wants = self._wants
+        wants, on_packed = self._wants, self._on_packed
 
         @functools.wraps(original)
         def wrap_module(builder: Any, value: Any) -> Any:
@@ -470,7 +481,7 @@ class DynamoHook:
                 return original(builder, value)
             with config.patch(allow_rnn=True):
                 variable = original(builder, value)
-            return _break_on_packed_sequence(variable, lambda: original(builder, value))
+            return _break_on_packed_sequence(variable, lambda: original(builder, value), on_packed)
 
         VariableBuilder.wrap_module = wrap_module
         self._undo.append(lambda: setattr(VariableBuilder, "wrap_module", original))
@@ -531,7 +542,15 @@ class DynamoHook:
         self._undo.append(undo)
 
 
-def _break_on_packed_sequence(variable: Any, without_hook: Callable[[], Any]) -> Any:
+def _user_line(tx: Any) -> str:
+    """The line of the user's that Dynamo is tracing, as in a traceback."""
+    frame = tx.frame_summary()
+    return f'File "{frame.filename}", line {frame.lineno}, in {frame.name}'
+
+
+def _break_on_packed_sequence(
+    variable: Any, without_hook: Callable[[], Any], on_packed: Callable[[str, str], None]
+) -> Any:
     """Make a call of a wrapped nn.GRU with a PackedSequence do what Dynamo does by itself.
 
     Dynamo cannot trace `torch.gru`'s overload for packed data.  By itself it breaks the graph at
@@ -551,6 +570,7 @@ def _break_on_packed_sequence(variable: Any, without_hook: Callable[[], Any]) ->
     def call_function(tx: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if not any(is_packed(a) for a in (*args, *kwargs.values())):
             return traced_call(tx, args, kwargs)
+        on_packed(type(variable.value).__name__ if hasattr(variable, "value") else "GRU", _user_line(tx))
         try:
             untraceable = without_hook()
         except Unsupported as reason:

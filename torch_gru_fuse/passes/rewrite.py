@@ -106,6 +106,15 @@ def _record(target: str, node: Node, reason: str | None, *, found: str = "", cou
     log.log(logging.DEBUG if reason is None else logging.INFO, "%s", record)
 
 
+def record_packed(module: str, source: str) -> None:
+    """Notes a call of nn.GRU with a PackedSequence, which breaks the graph; Dynamo may come by it more than once."""
+    reason = "its input is a PackedSequence, which breaks the graph; a padded batch does not"
+    record = Rewrite("gru", module, source, reason, "nn.GRU")
+    if record not in _found:
+        _found.append(record)
+        log.info("%s", record)
+
+
 def _replace(target: str, graph: Graph, node: Node) -> None:
     bound = guards.bind(target, node)
     assert bound is not None
