@@ -147,8 +147,10 @@ def test_cat_along_a_dimension_of_the_states(dim):
     assert not any(str(n.target).endswith("select.int") for n in graph.gm.graph.nodes)
 
 
-def test_no_node_of_a_step_is_left():
-    sizes = {len(check(Model(LAYOUTS["x[t]"][0]), x_of(n, B, I), gru=1).gm.graph.nodes) for n in (2, 7, 20)}
+@pytest.mark.parametrize("loop", ["stacked", "preallocated"])
+def test_no_node_of_a_step_is_left(loop):
+    model = Model(LAYOUTS["x[t]"][0] if loop == "stacked" else preallocated)
+    sizes = {len(check(model, x_of(n, B, I), gru=1).gm.graph.nodes) for n in (2, 7, 20)}
     assert len(sizes) == 1
 
 
@@ -221,6 +223,25 @@ def preallocated(m, x):
     return outputs
 
 
+def preallocated_in_the_middle(m, x):
+    h = zeros(x)
+    outputs = x.new_zeros(x.shape[1], len(x) + 2, H)
+    for t in reversed(range(len(x))):
+        h = m.cell(x[t], h)
+        outputs[:, t + 1] = h
+    return outputs
+
+
+def preallocated_and_read(m, x):
+    h = zeros(x)
+    outputs, seen = x.new_zeros(len(x), x.shape[1], H), []
+    for t in range(len(x)):
+        h = m.cell(x[t], h)
+        outputs[t] = h
+        seen.append(outputs.sum(0))
+    return outputs, torch.stack(seen)
+
+
 def two_chains_of_one_cell(m, x):
     a, b = zeros(x), zeros(x) + 1
     for step in x:
@@ -239,7 +260,8 @@ def branches(m, x):
 
 @pytest.mark.parametrize(
     ("loop", "calls"),
-    [(heads, 1), (all_uses, 1), (embedded_in_the_loop, 1), (preallocated, 1), (two_chains_of_one_cell, 2),
+    [(heads, 1), (all_uses, 1), (embedded_in_the_loop, 1), (preallocated, 1),
+     (preallocated_in_the_middle, 1), (preallocated_and_read, 1), (two_chains_of_one_cell, 2),
      (one_after_the_other, 2), (branches, 2)],
     ids=lambda p: getattr(p, "__name__", ""),
 )  # fmt: skip

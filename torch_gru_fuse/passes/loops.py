@@ -29,6 +29,7 @@ from torch_gru_fuse.passes.nodes import (
     aten,
     effects,
     erase_unused,
+    indexed,
     name,
     same_sizes,
     shape,
@@ -293,6 +294,7 @@ class Roller:
             anchor = node
         stacked = _Stacked(graph, output, [c.node for c in cells], self._written)
         dead = stacked.replace()
+        _write_at_once(graph, output, [c.node for c in cells], self._regions)
         keep = self._cells.keys()
         erase_unused(graph, dead, keep)
         for t in reversed(range(len(cells))):
@@ -530,3 +532,58 @@ def _run(steps: Sequence[int | None], start: int) -> int:
             break
         end += 1
     return end
+
+
+# ---- hidden states that are written to a tensor ------------------------------------------------------------------------------
+
+
+def _write_at_once(graph: Graph, output: Node, states: Sequence[Node], regions: Regions) -> None:
+    """``y[t] = h`` in every step becomes one copy of the output, where nothing looks at y in between."""
+    targets: dict[Node, list[tuple[int, Node, Region]]] = {}
+    for t, state in enumerate(states):
+        for user in state.users:
+            if name(user) == "setitem" and user.args[2] is state and isinstance(user.args[0], Node) and not user.users:
+                into = user.args[0]
+                part = indexed(Region(into, (None,) * len(shape(into))), user.args[1])
+                if part is not None and same_sizes(part.sizes, shape(state)):
+                    targets.setdefault(into, []).append((t, user, part))
+    for into, writes in targets.items():
+        steps, nodes, parts = zip(*writes, strict=True)
+        end, dim, step = _slices(parts, 0)
+        in_order = list(steps) == list(range(steps[0], steps[0] + len(steps)))
+        if len(writes) < SHORTEST or end != len(parts) or step == 0 or not in_order or not _alone(nodes, into):
+            continue
+        emit = Emitter(graph, nodes[-1], nodes[-1])
+        source: Node = output
+        if len(steps) != len(states):
+            source = emit(aten.slice.Tensor, source, 0, steps[0], steps[-1] + 1)
+        place, reverse = _written_range(emit, parts[0], dim, step, len(parts))
+        if reverse:
+            source = emit(aten.flip.default, source, [0])
+        emit.known(value(place), aten.copy_.default, place, source)
+        for node in nodes:
+            graph.erase_node(node)
+    if targets:
+        regions.forget()
+
+
+def _written_range(emit: Emitter, first: Region, dim: int, step: int, count: int) -> tuple[Node, bool]:
+    """As :func:`_range`, as a view; and whether time runs backwards in it."""
+    start = first.extents[dim]
+    assert isinstance(start, int)
+    if step < 0:
+        first = first.replace(dim, start + step * (count - 1))
+    return _range(emit, first, dim, abs(step), count), step < 0
+
+
+def _alone(nodes: Sequence[Node], into: Node) -> bool:
+    """Whether nothing between the first and the last of `nodes` reads or writes the memory of `into`."""
+    memory = {*storages(into), EVERYTHING}
+    node, others = nodes[0], set(nodes)
+    while node is not nodes[-1]:
+        if node not in others:
+            effect = effects(node)
+            if memory & (effect.reads | effect.writes):
+                return False
+        node = node.next
+    return True

@@ -178,7 +178,7 @@ def _step(region: Region, node: Node) -> Region | None:
     if isinstance(node.args[0], Node) and isinstance(value(node.args[0]), (tuple, list)):
         return _piece(region, node.args[0], node.args[1])
     if kind == "getitem":
-        return _index(region, node.args[1])
+        return indexed(region, node.args[1])
     if kind == "select" and len(ints) == 2:
         dim, index = argument(node, 1, "dim"), argument(node, 2, "index")
         return region.select(dim % rank, index)
@@ -217,7 +217,8 @@ def _piece(region: Region, pieces: Node, index: object) -> Region | None:
     return region.narrow(dim, sum(sizes[:index]), sum(sizes[: index + 1]))
 
 
-def _index(region: Region, index: object) -> Region | None:
+def indexed(region: Region, index: object) -> Region | None:
+    """``region[index]``, where that is a region."""
     items = list(index) if isinstance(index, tuple) else [index]
     if not all(type(i) is int or i is Ellipsis or isinstance(i, slice) for i in items):
         return None
