@@ -87,7 +87,7 @@ def main() -> None:
         return
     import torch
 
-    print(f"Seconds until the first call has returned; torch {torch.__version__}, {platform.processor() or platform.machine()},")
+    print(f"Seconds until the first call has returned; torch {torch.__version__}, {platform.machine()},")
     print("one thread; B=8, I=32, H=64; python benchmarks/rollup.py\n")
     print(f"{'loop over':14} {'steps':>5}  {'rewrite':7}  {'inference':>10}  {'training':>10}")
     for kind, steps, rewrite in CASES:

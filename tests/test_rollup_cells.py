@@ -209,7 +209,7 @@ def test_layers_of_hand_written_cells():
                 outputs.append(b)
             return torch.stack(outputs), a
 
-    check(Layers(None), x_of(T, B, I), gru=2)
+    check(Layers(None), x_of(T, B, I), gru=1)  # two layers
 
 
 def test_gates_that_are_used_elsewhere_stay():
@@ -405,6 +405,18 @@ def test_not_a_gru(cell):
         assert graph.records and all(reason in r.reason for r in graph.records), graph.reasons
         assert graph.records[0].found == "hand-written cell" and f"in {cell.__name__}" in graph.records[0].source
         assert graph.records[0].count == T
+
+
+def test_weights_of_another_kind_are_no_match():
+    class Wrapped(torch.Tensor):
+        pass
+
+    from torch_gru_fuse.passes import guards
+
+    assert guards.why_not_plain(torch.zeros(2).as_subclass(Wrapped)) == "one of its tensors is a Wrapped"
+    model = Model(two_linears).to("meta")
+    compiled, graph = compiled_graph(model, torch.randn(T, B, I, device="meta"))
+    assert graph.gru == 0 and all("it runs on meta" in reason for reason in graph.reasons) and graph.reasons
 
 
 def test_arithmetic_without_a_gate_is_no_candidate():

@@ -171,22 +171,17 @@ class Algebra:
         def term(arg: object) -> Polynomial:
             return self._operand(arg, region, sizes)
 
-        args = node.args
         if kind == "ones_like":
             return Counter({(): 1})
         if kind in ("neg", "negative", "pos"):
-            return _scaled(term(args[0]), 1 if kind == "pos" else -1)
+            return _scaled(term(argument(node, 0, "input")), 1 if kind == "pos" else -1)
         if kind == "lerp":
             start, end, weight = (term(argument(node, i, k)) for i, k in enumerate(("input", "end", "weight")))
             return _sum(start, _product(weight, _sum(end, _scaled(start, -1))))
         if kind == "addcmul":
             first, second = term(argument(node, 1, "tensor1")), term(argument(node, 2, "tensor2"))
-            return _sum(term(args[0]), _scaled(_product(first, second), node.kwargs.get("value", 1)))
-        if len(args) < 2:
-            args = (*args, *(node.kwargs[k] for k in ("other",) if k in node.kwargs))
-            if len(args) < 2:
-                raise NoMatch
-        left, right = term(args[0]), term(args[1])
+            return _sum(term(argument(node, 0, "input")), _scaled(_product(first, second), node.kwargs.get("value", 1)))
+        left, right = term(argument(node, 0, "input")), term(argument(node, 1, "other"))
         if kind in _PRODUCTS:
             return _product(left, right)
         alpha = argument(node, 2, "alpha", 1)
@@ -511,7 +506,11 @@ class _Matcher:
         ):
             raise NoMatch("its weights do not have the sizes [H, I] and [H, H] for each gate")
         everything = [x, h, *(p.region for p in (*w_ih, *w_hh)), *(p.region for terms in biases for p in terms)]
-        kinds = {(value(r.base).dtype, value(r.base).device) for r in everything} | {(value(root).dtype, value(root).device)}
+        tensors = [value(root), *(value(r.base) for r in everything)]
+        for reason in (why(t) for t in tensors for why in (guards.why_not_plain, guards.why_not_device)):
+            if reason is not None:
+                raise NoMatch(reason)
+        kinds = {(t.dtype, t.device) for t in tensors}
         if len(kinds) != 1:
             raise NoMatch(f"its tensors differ in dtype or device: {', '.join(sorted(str(d) for d, _ in kinds))}")
 
@@ -591,7 +590,9 @@ def _of_call(node: Node, regions: Regions) -> Cell | None:
     bound = guards.bind("gru_cell", node)
     assert bound is not None
     x, h = bound["input"], bound["hx"]
-    if not all(isinstance(a, Node) for a in (x, h, bound["w_ih"], bound["w_hh"])) or len(shape(x)) != 2:
+    if not all(isinstance(a, Node) for a in (x, h, bound["w_ih"], bound["w_hh"])):
+        return None
+    if len(shape(x)) != 2 or len(shape(h)) != 2:
         return None
 
     def piece(weight: object) -> Piece:

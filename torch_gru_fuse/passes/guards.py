@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -63,22 +63,33 @@ def known_tensors(target: str, node: Node) -> str | None:
     return None
 
 
-def plain_tensors(target: str, node: Node) -> str | None:
+def why_not_plain(tensor: Tensor) -> str | None:
+    """Why the ops do not take a tensor like this one, apart from its dtype."""
     from torch._subclasses.fake_tensor import FakeTensor  # noqa: PLC2701
 
-    for tensor in _tensors(target, node):
-        if type(tensor) not in (Tensor, torch.nn.Parameter, FakeTensor, torch.nn.Buffer):
-            return f"one of its tensors is a {type(tensor).__name__}"
-        if tensor.is_sparse or tensor.is_quantized:
-            return "one of its tensors is sparse or quantized"
+    if type(tensor) not in (Tensor, torch.nn.Parameter, FakeTensor, torch.nn.Buffer):
+        return f"one of its tensors is a {type(tensor).__name__}"
+    if tensor.is_sparse or tensor.is_quantized:
+        return "one of its tensors is sparse or quantized"
     return None
+
+
+def why_not_device(tensor: Tensor) -> str | None:
+    if tensor.device.type not in DEVICES:
+        return f"it runs on {tensor.device.type}; supported are {' and '.join(DEVICES)}"
+    return None
+
+
+def _first_reason(reasons: Iterable[str | None]) -> str | None:
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def plain_tensors(target: str, node: Node) -> str | None:
+    return _first_reason(map(why_not_plain, _tensors(target, node)))  # type: ignore[arg-type]
 
 
 def device(target: str, node: Node) -> str | None:
-    for tensor in _tensors(target, node):
-        if tensor.device.type not in DEVICES:
-            return f"it runs on {tensor.device.type}; supported are {' and '.join(DEVICES)}"
-    return None
+    return _first_reason(map(why_not_device, _tensors(target, node)))  # type: ignore[arg-type]
 
 
 def dtype(target: str, node: Node) -> str | None:

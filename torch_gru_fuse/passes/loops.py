@@ -10,7 +10,7 @@ Every use of a hidden state in between gets that time step of the output; where 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import getitem
 
 import torch
@@ -236,6 +236,8 @@ class Roller:
                     del self._cells[cell.node]
         outputs = [u for loop in loops for u in loop.made.users]  # type: ignore[union-attr]
         erase_unused(self._graph, outputs, self._cells.keys())
+        merged = _merge_layers(self._graph, [loop.made for loop in loops])  # type: ignore[misc]
+        loops = [replace(loop, made=merged[loop.made]) for loop in loops]  # type: ignore[index]
         return loops + _grouped(refused)
 
     def _unchained(self, chains: list[list[Cell]]) -> dict[Cell, str]:
@@ -426,7 +428,7 @@ class _Stacked:
         found: dict[Node, None] = {}
         for state in self._states:
             for user in state.users:
-                kinds = [user] if name(user) != "unsqueeze" else list(user.users)
+                kinds = [user] if name(user) not in ("unsqueeze", "getitem") else list(user.users)
                 found.update(dict.fromkeys(u for u in kinds if name(u) in ("stack", *_CATS)))
         replaced = []
         for node in found:
@@ -508,17 +510,24 @@ class _Stacked:
             return False
         for state in self._states[:-1]:
             for user in state.users:
-                if name(user) in ("stack", *_CATS) or (name(user) == "unsqueeze" and set(user.users) == {stack}):
+                if name(user) in ("stack", *_CATS) or (name(user) in ("unsqueeze", "getitem") and set(user.users) == {stack}):
                     continue
                 if user.op == "output" or storages(user) & storages(state):
                     return False
         return True
 
 def _unsqueezed(element: object, dim: int, rank: int) -> Node | None:
-    if name(element) != "unsqueeze" or not isinstance(element, Node):
+    """The tensor that `element` is with a new dimension `dim`, if it is one: by unsqueeze, or by None as an index."""
+    if not isinstance(element, Node) or not element.args or not isinstance(element.args[0], Node):
         return None
-    at = argument(element, 1, "dim")
-    return element.args[0] if type(at) is int and at % rank == dim else None
+    if name(element) == "unsqueeze":
+        at = argument(element, 1, "dim")
+        return element.args[0] if type(at) is int and at % rank == dim else None
+    if name(element) == "getitem":
+        index = element.args[1] if isinstance(element.args[1], tuple) else (element.args[1],)
+        if dim < len(index) and all(i is None if d == dim else i in (slice(None), ...) for d, i in enumerate(index)):
+            return element.args[0] if ... not in index[:dim] else None
+    return None
 
 
 def _run(steps: Sequence[int | None], start: int) -> int:
@@ -532,6 +541,76 @@ def _run(steps: Sequence[int | None], start: int) -> int:
             break
         end += 1
     return end
+
+
+# ---- layers of a stack -------------------------------------------------------------------------------------------------------
+
+
+def _merge_layers(graph: Graph, calls: list[Node]) -> dict[Node, Node]:
+    """Calls whose input is the output of another, and which nothing else needs, become one call with several layers: kernels
+    run layers of a stack side by side.  Returns the call that each is part of now."""
+    now = {call: call for call in calls}
+    for upper in sorted(calls):
+        lower = now.get(upper.args[0].args[0]) if name(upper.args[0]) == "getitem" else None  # type: ignore[union-attr,index]
+        if lower is None or not _are_layers(lower, upper):
+            continue
+        emit = Emitter(graph, upper, upper)
+        hx = emit(aten.cat.default, [lower.args[1], upper.args[1]], 0)
+        params = [*lower.args[2], *upper.args[2]]  # type: ignore[misc]
+        has_biases, layers = lower.args[3], lower.args[4] + 1  # type: ignore[operator]
+        results = value(upper)[0], value(hx).new_empty(shape(hx))  # type: ignore[index,union-attr]
+        made = emit.known(
+            results, ops.gru.default, lower.args[0], hx, params, has_biases, layers, *upper.args[5:], **upper.kwargs
+        )
+        h_n = emit.known(results[1], getitem, made, 1)
+        waiting = _dependents(lower, upper)
+        anchor = upper
+        for node in waiting:
+            anchor.append(node)
+            anchor = node
+        for part, first, last in ((lower, 0, layers - 1), (upper, layers - 1, layers)):
+            for user in list(part.users):
+                if user.args[1] == 1:
+                    user.replace_all_uses_with(emit(aten.slice.Tensor, h_n, 0, first, last))
+                elif part is upper:
+                    user.replace_all_uses_with(emit.known(results[0], getitem, made, 0))
+        for call in (upper, lower):
+            for user in [u for u in call.users if not u.users]:
+                graph.erase_node(user)
+            graph.erase_node(call)
+        erase_unused(graph, [h_n], ())
+        now = {call: made if at in (lower, upper) else at for call, at in now.items()} | {made: made}
+    return now
+
+
+def _are_layers(lower: Node, upper: Node) -> bool:
+    """Whether one call can take the place of both, where the upper one is."""
+    output, hx, params = upper.args[:3]
+    same = lower.args[3] == upper.args[3] and lower.kwargs == upper.kwargs
+    sizes = same_sizes(shape(lower.args[1])[1:], shape(hx)[1:])  # type: ignore[arg-type]
+    if not same or not sizes or set(output.users) != {upper}:  # type: ignore[union-attr]
+        return False
+    if not {hx, *params}.isdisjoint(_dependents(lower, upper)):  # type: ignore[misc]
+        return False
+    node = lower.next
+    while node is not upper:
+        if effects(node).writes:
+            return False
+        node = node.next
+    return True
+
+
+def _dependents(lower: Node, upper: Node) -> list[Node]:
+    """The nodes between two calls that need the lower one."""
+    needs = {lower}
+    found = []
+    node = lower.next
+    while node is not upper:
+        if any(i in needs for i in node.all_input_nodes):
+            needs.add(node)
+            found.append(node)
+        node = node.next
+    return found
 
 
 # ---- hidden states that are written to a tensor ------------------------------------------------------------------------------
