@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torch_gru_fuse
 from torch_gru_fuse import torch_hooks
+from torch_gru_fuse.backend import gru_fuse
 from torch_gru_fuse.tools import explain as module
 
 T, B, I, H = 5, 3, 4, 4
@@ -117,7 +118,7 @@ def test_the_state_of_the_process_stays():
     torch_gru_fuse.explain(model, x)
     assert not torch_gru_fuse.is_enabled() and module.switch.dynamo_hook.installed == was_installed
     with torch_gru_fuse.enable():
-        compiled = torch.compile(model, backend="gru_fuse")
+        compiled = torch.compile(model, backend=gru_fuse)
         assert len(torch_gru_fuse.explain(compiled, x).entries) == 1  # a compiled module is one, too
         assert torch_gru_fuse.is_enabled()
 

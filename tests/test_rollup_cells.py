@@ -124,6 +124,12 @@ def separate_matmuls(m, x, h):
     return torch.sub(1, z) * torch.tanh(x_n + r * h_n) + z * h
 
 
+def views(m, x, h):
+    gx, gh = m.x3(x).view(-1, 3, H), m.h3(h).unflatten(1, (3, H)).unbind(1)
+    r, z = torch.sigmoid(gx[:, 0] + gh[0]), torch.sigmoid(gx[:, 1] + gh[1])
+    return torch.lerp(torch.tanh(gx[:, 2] + r * gh[2]), h, z)
+
+
 def roles_of_z_changed(m, x, h):
     """Cho 2014 and others: z says how much is new."""
     x_r, x_z, x_n = m.x3(x).chunk(3, 1)
@@ -141,7 +147,7 @@ def roles_changed_by_difference(m, x, h):
 SPELLINGS = {
     f.__name__: f
     for f in (two_linears, slices_and_other_order, six_linears, functional, gates_together, concatenated,
-              concatenated_separately, matmuls, transposed_weights, separate_matmuls, roles_of_z_changed,
+              concatenated_separately, matmuls, transposed_weights, separate_matmuls, views, roles_of_z_changed,
               roles_changed_by_difference)
 }  # fmt: skip
 

@@ -153,6 +153,7 @@ class Algebra:
 
     def expand(self, region: Region, sizes: Sequence[object], *, top: bool = False) -> Polynomial:
         """`region` as a polynomial; everything in it has the size `sizes`, or its last dimension alone (a bias)."""
+        region = self._before_view(region)
         base = region.base
         kind = name(base)
         if kind not in ARITHMETIC or (base in self._atoms and not top):
@@ -166,6 +167,22 @@ class Algebra:
         if len(result) > _MOST_TERMS:
             raise NoMatch
         return result
+
+    def _before_view(self, region: Region) -> Region:
+        """``g.view(B, 3, H)[:, i]`` as columns of g."""
+        node, sizes = region.base, shape(region.base)
+        source = node.args[0] if name(node) in ("view", "reshape", "unflatten") and node.args else None
+        if not isinstance(source, Node) or len(sizes) < 2 or not isinstance(region.extents[-2], int):
+            return region
+        *leading, columns = shape(source) or (None,)
+        *before, index, last = region.extents
+        width = sizes[-1]
+        if not isinstance(columns, int) or not isinstance(width, int) or not same_sizes(leading, sizes[:-2]):
+            return region
+        low, high = last if isinstance(last, tuple) else (0, width)
+        self.visited.append(node)
+        part = self._regions.of(source).part((*before, (index * width + low, index * width + high)))
+        return region if part is None else self._before_view(part)
 
     def _arithmetic(self, kind: str, node: Node, region: Region, sizes: Sequence[object]) -> Polynomial:
         def term(arg: object) -> Polynomial:
