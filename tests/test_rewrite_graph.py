@@ -64,6 +64,61 @@ gru_cell_default = torch.ops.torch_gru_fuse.gru_cell.default(l_x_, l_h_, l_cell_
 relu = gru_cell_default.relu()
 return (relu,)""")
 
+    def test_loop(self):
+        cell = nn.GRUCell(4, 6, bias=False)
+
+        def loop(x, h):
+            outputs = []
+            for t in reversed(range(x.shape[1])):
+                h = cell(x[:, t], h)
+                outputs.append(h)
+            return torch.stack(outputs), h
+
+        self.assertExpectedInline(rewritten_by_compile(loop, torch.randn(3, 5, 4), torch.zeros(3, 6)), """\
+l_x_ = L_x_
+l_h_ = L_h_
+l_cell_parameters_weight_ih_ = L_cell_parameters_weight_ih_
+l_cell_parameters_weight_hh_ = L_cell_parameters_weight_hh_
+movedim_int = torch.ops.aten.movedim.int(l_x_, 1, 0)
+flip_default = torch.ops.aten.flip.default(movedim_int, [0])
+unsqueeze_default = torch.ops.aten.unsqueeze.default(l_h_, 0)
+gru_default = torch.ops.torch_gru_fuse.gru.default(flip_default, unsqueeze_default, [l_cell_parameters_weight_ih_, l_cell_parameters_weight_hh_], False, 1, 0.0, False, False, False)
+getitem_5 = gru_default[0]
+getitem_6 = gru_default[1]
+select_int = torch.ops.aten.select.int(getitem_6, 0, 0)
+return (getitem_5, select_int)""")
+
+    def test_hand_written_cell(self):
+        w_x, w_h = nn.Linear(4, 18, bias=False), nn.Linear(6, 18)
+
+        def cell(x, h):
+            z, r, n = w_x(x).chunk(3, 1)
+            h_z, h_r, h_n = w_h(h).chunk(3, 1)
+            z = torch.sigmoid(z + h_z)
+            return (1 - z) * torch.tanh(n + torch.sigmoid(r + h_r) * h_n) + z * h
+
+        self.assertExpectedInline(rewritten_by_compile(cell, torch.randn(3, 4), torch.zeros(3, 6)), """\
+l_w_x_parameters_weight_ = L_w_x_parameters_weight_
+l_x_ = L_x_
+l_w_h_parameters_weight_ = L_w_h_parameters_weight_
+l_w_h_parameters_bias_ = L_w_h_parameters_bias_
+l_h_ = L_h_
+slice_tensor = torch.ops.aten.slice.Tensor(l_w_x_parameters_weight_, 0, 6, 12)
+slice_tensor_1 = torch.ops.aten.slice.Tensor(l_w_x_parameters_weight_, 0, 0, 6)
+slice_tensor_2 = torch.ops.aten.slice.Tensor(l_w_x_parameters_weight_, 0, 12, 18)
+cat_default = torch.ops.aten.cat.default([slice_tensor, slice_tensor_1, slice_tensor_2], 0)
+slice_tensor_3 = torch.ops.aten.slice.Tensor(l_w_h_parameters_weight_, 0, 6, 12)
+slice_tensor_4 = torch.ops.aten.slice.Tensor(l_w_h_parameters_weight_, 0, 0, 6)
+slice_tensor_5 = torch.ops.aten.slice.Tensor(l_w_h_parameters_weight_, 0, 12, 18)
+cat_default_1 = torch.ops.aten.cat.default([slice_tensor_3, slice_tensor_4, slice_tensor_5], 0)
+new_zeros_default = torch.ops.aten.new_zeros.default(l_h_, [18])
+slice_tensor_6 = torch.ops.aten.slice.Tensor(l_w_h_parameters_bias_, 0, 6, 12)
+slice_tensor_7 = torch.ops.aten.slice.Tensor(l_w_h_parameters_bias_, 0, 0, 6)
+slice_tensor_8 = torch.ops.aten.slice.Tensor(l_w_h_parameters_bias_, 0, 12, 18)
+cat_default_2 = torch.ops.aten.cat.default([slice_tensor_6, slice_tensor_7, slice_tensor_8], 0)
+gru_cell_default = torch.ops.torch_gru_fuse.gru_cell.default(l_x_, l_h_, cat_default, cat_default_1, new_zeros_default, cat_default_2)
+return (gru_cell_default,)""")
+
 
 def test_cells_are_left_to_inductor_on_a_cpu():
     gm = graph_with_gru(target=torch.gru_cell)

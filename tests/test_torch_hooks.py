@@ -129,6 +129,35 @@ def test_functions_of_packed_sequences_are_traced_as_others_that_know_the_batch(
         hook.remove()
 
 
+def test_cell_shape_rule_is_used_by_dynamo_for_wanted_backends_alone():
+    calls = []
+    before = dict(torch.ops.aten.gru_cell.default.py_kernels)
+
+    def rule(input, hx, *weights):
+        calls.append(type(input).__name__)
+        return torch.empty_like(hx)
+
+    def backend(gm, inputs):
+        return gm.forward
+
+    cell, x, h = nn.GRUCell(3, 4), torch.randn(2, 3), torch.randn(2, 4)
+    for wanted in (True, False):
+        torch._dynamo.reset()
+        hook = torch_hooks.DynamoHook(lambda backend, wanted=wanted: wanted, lambda *args: None, cell_shape_rule=rule)
+        hook.install()
+        try:
+            torch.testing.assert_close(torch.compile(cell, backend=backend, fullgraph=True)(x, h), cell(x, h))
+            assert set(calls) == ({"FakeTensor"} if wanted else set())
+            del calls[:]
+            make_fx = torch.fx.experimental.proxy_tensor.make_fx
+            recorded = make_fx(cell, tracing_mode="fake", _allow_non_fake_inputs=True)(x, h)
+            torch.testing.assert_close(recorded(x, h), cell(x, h))
+            assert calls == []
+        finally:
+            hook.remove()
+    assert torch.ops.aten.gru_cell.default.py_kernels == before
+
+
 def test_backends_are_recognised():
     seen = []
     hook = torch_hooks.DynamoHook(lambda backend: seen.append(backend) or False, lambda *args: None)

@@ -51,7 +51,14 @@ def _packed_shapes(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     return ops.gru_packed.default(*args, **kwargs)
 
 
-dynamo_hook = torch_hooks.DynamoHook(_will_be_rewritten, _shapes, _packed_shapes, packed_sequences.REPLACEMENTS)
+def _cell_shape(*args: Any, **kwargs: Any) -> Tensor:
+    """The same for `torch.gru_cell`."""
+    return ops.gru_cell.default(*args, **kwargs)
+
+
+dynamo_hook = torch_hooks.DynamoHook(
+    _will_be_rewritten, _shapes, _packed_shapes, packed_sequences.REPLACEMENTS, cell_shape_rule=_cell_shape
+)
 inductor_hook = torch_hooks.InductorHook(rewrite, cache_tag)
 
 

@@ -471,8 +471,15 @@ def dynamo_backend_in_progress() -> Any | None:
     return innermost_backend(tx.output.compiler_fn)
 
 
+def without_recompile_limit() -> contextlib.AbstractContextManager[None]:
+    """Context in which Dynamo compiles a function for one more backend, however many it was compiled for before."""
+    from torch._dynamo import config
+
+    return config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20)
+
+
 class DynamoHook:
-    """Lets `torch.nn.GRU` into the graph and makes the shapes of `torch.gru` by `shape_rule`.
+    """Lets `torch.nn.GRU` into the graph and makes the shapes of `torch.gru` and `torch.gru_cell` by rules.
 
     Args:
         wants: called with a Dynamo backend; says whether graphs for it will be rewritten.
@@ -482,6 +489,7 @@ class DynamoHook:
         packed_shape_rule: the same for its overload for packed data.
         packed_functions: what is traced in the place of PyTorch's functions of packed sequences, by those; see
             `passes/packed_sequences.py`.
+        cell_shape_rule: the same for `torch.gru_cell`; returns the new hidden state.
 
     nn.RNN and nn.LSTM are not touched.
     """
@@ -492,6 +500,7 @@ class DynamoHook:
         shape_rule: Callable[..., tuple[Tensor, Tensor]],
         packed_shape_rule: Callable[..., tuple[Tensor, Tensor]] | None = None,
         packed_functions: Mapping[Callable[..., Any], Callable[..., tuple[Any, Any]]] | None = None,
+        cell_shape_rule: Callable[..., Tensor] | None = None,
     ):
         aten = torch.ops.aten.gru
         self._wants = wants
@@ -499,6 +508,7 @@ class DynamoHook:
         if packed_shape_rule is not None:
             self._shape_rules[aten.data] = packed_shape_rule
         self._packed_functions = dict(packed_functions or {})
+        self._cell_shape_rule = cell_shape_rule
         self._undo: list[Callable[[], None]] = []
 
     @property
@@ -512,6 +522,8 @@ class DynamoHook:
         self._install_packed_functions()
         for op, rule in self._shape_rules.items():
             self._install_shape_rule(op, rule)
+        if self._cell_shape_rule is not None:
+            self._install_cell_shape_rule(self._cell_shape_rule)
 
     def remove(self) -> None:
         while self._undo:
@@ -619,6 +631,33 @@ class DynamoHook:
 
         put({key: with_fallback(original) for key, original in originals.items()})
         self._undo.append(lambda: put(originals))
+
+    def _install_cell_shape_rule(self, shape_rule: Callable[..., Tensor]) -> None:
+        # A cell in a loop is run on fake tensors once a step.  By itself it has no rule in Python: PyTorch makes it of a dozen
+        # operations, which takes more than half of the time that Dynamo spends on a step.
+        op = torch.ops.aten.gru_cell.default
+        key = torch._C.DispatchKey.CompositeImplicitAutograd
+        before = op.py_kernels.get(key)
+        wants = self._wants
+
+        def rule(*args: Any, **kwargs: Any) -> Any:
+            if _only_shapes_are_asked(args) and wants(dynamo_backend_in_progress()):
+                return shape_rule(*args, **kwargs)
+            if before is not None:
+                return before(*args, **kwargs)
+            return op._op_dk(key, *args, **kwargs)  # the kernel in C++; `decompose` would come back here
+
+        op.py_kernels[key] = rule
+        op._dispatch_cache.clear()
+
+        def undo() -> None:
+            if before is None:
+                del op.py_kernels[key]
+            else:
+                op.py_kernels[key] = before
+            op._dispatch_cache.clear()
+
+        self._undo.append(undo)
 
 
 def _is_packed_sequence(variable: Any) -> bool:
@@ -735,6 +774,40 @@ def inductor_mode_options(mode: str | None, dynamic: bool | None = None) -> dict
 def child_graphs(gm: torch.fx.GraphModule) -> list[torch.fx.GraphModule]:
     """The graph modules below `gm`: bodies of checkpoint, cond, scan and the like."""
     return [m for name, m in gm.named_modules() if name and isinstance(m, torch.fx.GraphModule)]
+
+
+# ---------------------------------------------------------------------------------------
+# Graphs: symbolic sizes, the memory behind fake tensors
+# ---------------------------------------------------------------------------------------
+
+
+def known_equal(left: Any, right: Any) -> bool:
+    """Whether two sizes of a graph are known to be equal; a symbolic one gets no guard by being asked."""
+    if isinstance(left, int) and isinstance(right, int):
+        return left == right
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(left == right))
+
+
+def storage_key(tensor: Tensor) -> int:
+    """A number that two tensors share exactly while they share memory; fake tensors too."""
+    return tensor.untyped_storage()._cdata
+
+
+def is_overload(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload)
+
+
+def written_arguments(overload: Any) -> list[tuple[int, str]]:
+    """Position and name of the arguments that an op changes in place."""
+    arguments = enumerate(overload._schema.arguments)
+    return [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
+
+
+def changes_nothing(target: Any) -> bool:
+    """Whether a function in a graph of Dynamo is there only for PyTorch's own statistics."""
+    return target is torch._C._log_api_usage_once
 
 
 # ---------------------------------------------------------------------------------------

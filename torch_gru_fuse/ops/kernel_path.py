@@ -66,6 +66,11 @@ def plan_of(call: GRUCall, *, training: bool) -> Plan:
     return plan
 
 
+def plan_uncaptured(call: GRUCall, *, training: bool) -> Plan:
+    """The plan of a call that no CUDA graph captures, from sizes alone: the tensors may be fake."""
+    return _planned(call, _key(call, training), training, False)
+
+
 def _first_of_its_kind(call: GRUCall, training: bool) -> Plan | None:
     """The plan for a CUDA graph, once, where a call that comes before a capture would take another."""
     if not call.input.is_cuda or torch.cuda.is_current_stream_capturing():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 from torch_gru_fuse.ops.checks import DTYPES
+from torch_gru_fuse.passes.nodes import value
 
 #: The arguments of the functions, in order, with their defaults; `gru_packed` is the overload of torch.gru for packed data.
 _REQUIRED = object()
@@ -48,13 +49,6 @@ def bind(target: str, node: Node) -> dict[str, object] | None:
     return {name: bound[name] for name in signature}
 
 
-def _value(arg: object) -> object:
-    """The fake tensor behind a node, as Dynamo (`example_value`) or export (`val`) recorded it."""
-    if not isinstance(arg, Node):
-        return arg
-    return arg.meta.get("example_value", arg.meta.get("val"))
-
-
 def overload(target: str, node: Node) -> str | None:
     bound = bind(target, node)
     if bound is None:
@@ -72,51 +66,66 @@ def _tensors(target: str, node: Node) -> list[object]:
         args = [bound["input"], bound["hx"], *bound["params"]]  # type: ignore[misc]
     elif target == "gru_packed":
         args = [bound["data"], bound["hx"], *bound["params"]]  # type: ignore[misc]
-    return [_value(a) for a in args if a is not None]
+    return [value(a) for a in args if a is not None]
 
 
 def known_tensors(target: str, node: Node) -> str | None:
-    for value in _tensors(target, node):
-        if not isinstance(value, Tensor):
+    for tensor in _tensors(target, node):
+        if not isinstance(tensor, Tensor):
             return "the graph does not say what one of its tensors is"
     return None
 
 
-def plain_tensors(target: str, node: Node) -> str | None:
+def why_not_plain(tensor: Tensor) -> str | None:
+    """Why the ops do not take a tensor like this one, apart from its dtype."""
     from torch._subclasses.fake_tensor import FakeTensor  # noqa: PLC2701
 
-    for value in _tensors(target, node):
-        if type(value) not in (Tensor, torch.nn.Parameter, FakeTensor, torch.nn.Buffer):
-            return f"one of its tensors is a {type(value).__name__}"
-        if value.is_sparse or value.is_quantized:
-            return "one of its tensors is sparse or quantized"
+    if type(tensor) not in (Tensor, torch.nn.Parameter, FakeTensor, torch.nn.Buffer):
+        return f"one of its tensors is a {type(tensor).__name__}"
+    if tensor.is_sparse or tensor.is_quantized:
+        return "one of its tensors is sparse or quantized"
     return None
+
+
+def why_not_device(tensor: Tensor) -> str | None:
+    if tensor.device.type not in DEVICES:
+        return f"it runs on {tensor.device.type}; supported are {' and '.join(DEVICES)}"
+    return None
+
+
+def _first_reason(reasons: Iterable[str | None]) -> str | None:
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def plain_tensors(target: str, node: Node) -> str | None:
+    return _first_reason(map(why_not_plain, _tensors(target, node)))  # type: ignore[arg-type]
 
 
 def device(target: str, node: Node) -> str | None:
-    for value in _tensors(target, node):
-        if value.device.type not in DEVICES:
-            return f"it runs on {value.device.type}; supported are {' and '.join(DEVICES)}"
-    return None
+    return _first_reason(map(why_not_device, _tensors(target, node)))  # type: ignore[arg-type]
 
 
 def dtype(target: str, node: Node) -> str | None:
-    for value in _tensors(target, node):
-        if value.dtype not in DTYPES:
-            return f"it computes in {value.dtype}"
+    for tensor in _tensors(target, node):
+        if tensor.dtype not in DTYPES:
+            return f"it computes in {tensor.dtype}"
     return None
+
+
+CELL_ON_CPU = "on a CPU Inductor's own code for a cell is faster"
 
 
 def profitable(target: str, node: Node) -> str | None:
     # Inductor fuses the pointwise half of a cell; PyTorch's own cell, which the op runs on a CPU, does not.  One thread, B=32,
     # H=128: forward 120 and 150 us, with backward 398 and 823 us (docs/results/cpu.txt).
     if target == "gru_cell" and _tensors(target, node)[0].device.type == "cpu":
-        return "on a CPU Inductor's own code for a cell is faster"
+        return CELL_ON_CPU
     return None
 
 
 #: In the order in which they are asked; a later guard may rely on an earlier one.
-GUARDS: tuple[Callable[[str, Node], str | None], ...] = (overload, known_tensors, plain_tensors, device, dtype, profitable)
+POSSIBLE: tuple[Callable[[str, Node], str | None], ...] = (overload, known_tensors, plain_tensors, device, dtype)
+GUARDS = (*POSSIBLE, profitable)
 
 
 def why_not(target: str, node: Node) -> str | None:

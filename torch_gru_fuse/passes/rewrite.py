@@ -1,7 +1,8 @@
-"""The pass: calls of `torch.gru` and `torch.gru_cell` become calls of the ops of this package.
+"""The pass: calls of `torch.gru` and `torch.gru_cell`, loops over cells and hand-written cells become calls of the ops of this
+package.
 
-It runs on the graph as Dynamo (or `torch.export`) made it, before AOTAutograd; below that a GRU is
-already unrolled over time.
+Loops come first (`loops.py`), then the cells that are left, then calls of `torch.gru`.  It runs on the graph as Dynamo (or
+`torch.export`) made it, before AOTAutograd; below that a GRU is already unrolled over time.
 """
 
 from __future__ import annotations
@@ -19,37 +20,50 @@ from torch.fx import Graph, GraphModule, Node
 import torch_gru_fuse.ops  # noqa: F401  (registers the ops)
 from torch_gru_fuse import torch_hooks
 from torch_gru_fuse.ops.schemas import ops
-from torch_gru_fuse.passes import guards
+from torch_gru_fuse.passes import cells, guards, loops
+from torch_gru_fuse.passes.nodes import Regions, value
 
 log = logging.getLogger("torch_gru_fuse")
 
 
 @dataclass(frozen=True)
 class Rewrite:
-    """One call of `torch.gru` or `torch.gru_cell` that a compilation found.
+    """One GRU that a compilation found.
 
     Attributes:
-        target: "gru", "gru_packed" (the overload of torch.gru for a PackedSequence) or "gru_cell".
+        target: the op for it, "gru", "gru_packed" (the overload of torch.gru for a PackedSequence) or "gru_cell".
         module: path of the nn.Module that made the call, as "encoder.rnn (GRU)", or "".
         source: the user's line that made the call, as 'File "model.py", line 12, in forward', or "".
         reason: why it was left as it was; None where it was rewritten.
+        found: what it was in the model, as "torch.gru_cell", "hand-written cell" or "loop of 12 steps over torch.gru_cell"; ""
+            for the function of the same name as `target`.
+        count: how many of the same place and reason were found.
+        node: name of the call in the graph that took its place, "" where there is none.
     """
 
     target: str
     module: str
     source: str
     reason: str | None = None
+    found: str = ""
+    count: int = 1
+    node: str = ""
 
     @property
     def rewritten(self) -> bool:
         return self.reason is None
 
+    @property
+    def name(self) -> str:
+        """What it was in the model."""
+        return self.found or f"torch.{'gru' if self.target == 'gru_packed' else self.target}"
+
     def __str__(self) -> str:
         where = self.module or self.source or "a function"
-        function = f"torch.{'gru' if self.target == 'gru_packed' else self.target}"
+        found = self.name + (f" ({self.count} times)" if self.count > 1 else "")
         if self.rewritten:
-            return f"{function} in {where} -> torch_gru_fuse.{self.target}"
-        return f"{function} in {where} not rewritten: {self.reason}"
+            return f"{found} in {where} -> torch_gru_fuse.{self.target}"
+        return f"{found} in {where} not rewritten: {self.reason}"
 
 
 @dataclass
@@ -77,7 +91,11 @@ def clear_rewrites() -> None:
     _found.clear()
 
 
-def _describe(target: str, node: Node, reason: str | None) -> Rewrite:
+#: Files that a call passes on its way from the user's line: PyTorch's modules, and what is traced in their place.
+_NOT_THE_USERS = ("/torch/nn/modules/", str(Path(__file__).parent))
+
+
+def _record(target: str, node: Node, reason: str | None, *, found: str = "", count: int = 1, made: Node | None = None) -> None:
     module = ""
     stack = node.meta.get("nn_module_stack")
     if stack:
@@ -88,22 +106,28 @@ def _describe(target: str, node: Node, reason: str | None) -> Rewrite:
     frames = [
         line.strip()
         for line in (node.meta.get("stack_trace") or "").splitlines()
-        if line.strip().startswith("File ") and "/torch/nn/modules/" not in line
+        if line.strip().startswith("File ") and not any(path in line for path in _NOT_THE_USERS)
     ]
-    return Rewrite(target, module, frames[-1] if frames else "", reason)
+    record = Rewrite(
+        target, module, frames[-1] if frames else "", reason, found, count, "" if made is None else made.name
+    )
+    _found.append(record)
+    log.log(logging.DEBUG if reason is None else logging.INFO, "%s", record)
 
 
 def _replace(function: str, graph: Graph, node: Node) -> None:
     target = _target(function, node)
     bound = guards.bind(target, node)
     assert bound is not None
-    options = {"recompute": True} if settings.recompute and target != "gru_cell" else {}
     with graph.inserting_before(node):
-        fused = graph.call_function(getattr(ops, target).default, tuple(bound.values()), options)
+        fused = graph.call_function(getattr(ops, target).default, tuple(bound.values()), _options(target))
     fused.meta.update(node.meta)
     node.replace_all_uses_with(fused)
-    _found.append(record := _describe(target, node, None))
-    log.debug("%s", record)
+    _record(target, node, None, made=fused)
+
+
+def _options(target: str) -> dict[str, object]:
+    return {"recompute": True} if settings.recompute and target != "gru_cell" else {}
 
 
 def _target(function: str, node: Node) -> str:
@@ -115,8 +139,7 @@ def _check(function: str, node: Node) -> bool:
     target = _target(function, node)
     reason = guards.why_not(target, node)
     if reason is not None:
-        _found.append(record := _describe(target, node, reason))
-        log.info("%s", record)
+        _record(target, node, reason)
     return reason is None
 
 
@@ -136,9 +159,44 @@ def _passes() -> dict[str, Callable[[Graph], int]]:
     }
 
 
+def _rewrite_cells(graph: Graph) -> int:
+    """Loops over cells, and hand-written cells, become calls of the ops; calls of `torch.gru_cell` that are in no loop stay."""
+    regions = Regions()
+    found = cells.find_cells(graph, regions)
+    if not found.cells and not found.others:
+        return 0
+    roller = loops.Roller(graph, found, regions, _options("gru"))
+    count = 0
+    for loop in roller.run():
+        count += loop.reason is None
+        text = f"loop of {loop.steps} steps over {'' if loop.kind.startswith('torch') else 'a '}{loop.kind}"
+        _record("gru", loop.last, loop.reason, found=text, made=loop.made)
+    for (reason, _), nodes in _by_place(found.others).items():
+        _record("gru_cell", nodes[-1], reason, found="hand-written cell", count=len(nodes))
+    for cell in list(found.cells.values()):
+        if cell.call:
+            continue
+        reason = guards.CELL_ON_CPU if guards.profitable in guards.GUARDS and _is_on_cpu(cell.node) else None
+        made = None if reason else roller.fuse(cell)
+        count += made is not None
+        _record("gru_cell", cell.node, reason, found=cell.kind, made=made)
+    return count
+
+
+def _is_on_cpu(node: Node) -> bool:
+    return value(node).device.type == "cpu"  # type: ignore[attr-defined]
+
+
+def _by_place(reasons: dict[Node, str]) -> dict[tuple[str, str], list[Node]]:
+    places: dict[tuple[str, str], list[Node]] = {}
+    for node, reason in reasons.items():
+        places.setdefault((reason, node.meta.get("stack_trace") or ""), []).append(node)
+    return places
+
+
 def rewrite_graph(graph: Graph) -> int:
     """Rewrite one graph in place; returns the number of replaced calls."""
-    return sum(run(graph) for run in _passes().values())
+    return _rewrite_cells(graph) + sum(run(graph) for run in _passes().values())
 
 
 def rewrite(gm: GraphModule) -> int:

@@ -1,0 +1,99 @@
+"""Time that a loop over a cell takes to compile on a CPU: with the rewrite, which rolls it up, and without.
+
+    python benchmarks/rollup.py > docs/results/rollup-compile-time.txt
+
+Each number is the first call, and for training the first backward, of a new process with empty caches.  The compiler of the CPU
+code is part of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+
+CASES = (
+    ("cell", 64, "off"), ("cell", 64, "on"), ("cell", 128, "off"), ("cell", 128, "on"), ("cell", 512, "on"),
+    ("hand-written", 64, "off"), ("hand-written", 64, "on"), ("hand-written", 512, "on"),
+)  # fmt: skip
+
+
+def measure(kind: str, steps: int, rewrite: bool, training: bool) -> None:
+    import torch
+    from torch import nn
+
+    import torch_gru_fuse
+
+    class Cell(nn.Module):
+        def __init__(self, inputs: int, hidden: int):
+            super().__init__()
+            self.x, self.h = nn.Linear(inputs, 3 * hidden), nn.Linear(hidden, 3 * hidden)
+
+        def forward(self, x, h):
+            x_r, x_z, x_n = self.x(x).chunk(3, 1)
+            h_r, h_z, h_n = self.h(h).chunk(3, 1)
+            r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
+            return (1 - z) * torch.tanh(x_n + r * h_n) + z * h
+
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = nn.GRUCell(32, 64) if kind == "cell" else Cell(32, 64)
+
+        def forward(self, x):
+            h, outputs = x.new_zeros(x.shape[1], 64), []
+            for t in range(steps):
+                h = self.cell(x[t], h)
+                outputs.append(h)
+            return torch.stack(outputs)
+
+    torch.set_num_threads(1)
+    torch.compile(lambda x: x + 1)(torch.ones(3))  # what is imported once
+    if rewrite:
+        torch_gru_fuse.enable()
+    model, x = Loop(), torch.randn(steps, 8, 32)
+    start = time.perf_counter()
+    if training:
+        torch.compile(model, fullgraph=True)(x).sum().backward()
+    else:
+        with torch.no_grad():
+            torch.compile(model, fullgraph=True)(x)
+    print(f"{time.perf_counter() - start:.1f}")
+
+
+def seconds(limit: float, *case: str) -> str:
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+        command = [sys.executable, __file__, "--case", *case]
+        try:
+            result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit, check=True)
+        except subprocess.TimeoutExpired:
+            return f"> {limit:.0f}"
+    return result.stdout.split()[-1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", nargs=4, help="measure one: kind, steps, on or off, training or inference")
+    parser.add_argument("--limit", type=float, default=600, help="seconds after which a compilation is given up")
+    arguments = parser.parse_args()
+    if arguments.case:
+        kind, steps, rewrite, mode = arguments.case
+        measure(kind, int(steps), rewrite == "on", mode == "training")
+        return
+    import torch
+
+    print(f"Seconds until the first call has returned; torch {torch.__version__}, {platform.machine()},")
+    print("one thread; B=8, I=32, H=64; python benchmarks/rollup.py\n")
+    print(f"{'loop over':14} {'steps':>5}  {'rewrite':7}  {'inference':>10}  {'training':>10}")
+    for kind, steps, rewrite in CASES:
+        times = [seconds(arguments.limit, kind, str(steps), rewrite, mode) for mode in ("inference", "training")]
+        print(f"{kind:14} {steps:5}  {rewrite:7}  {times[0]:>10}  {times[1]:>10}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

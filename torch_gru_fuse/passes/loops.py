@@ -1,0 +1,668 @@
+"""Loops over a GRU cell, which Dynamo has unrolled, become one call of the sequence op.
+
+A loop is a chain of cells with the same weights, each with the hidden state of the one before.  One call takes the place of its
+last cell.  That is right where the inputs of all steps are known there without any of its hidden states; the scan of
+`_Segment` finds out, over values and over memory that is written, and notes what has to wait for the call.
+
+Every use of a hidden state in between gets that time step of the output; where all of them are stacked, the output itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from operator import getitem
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from torch_gru_fuse.ops.schemas import ops
+from torch_gru_fuse.passes.cells import Cell, Found, Weights, emit_weights
+from torch_gru_fuse.passes.nodes import (
+    EVERYTHING,
+    RANDOM,
+    Emitter,
+    Region,
+    Regions,
+    argument,
+    aten,
+    effects,
+    erase_unused,
+    indexed,
+    name,
+    same_sizes,
+    shape,
+    storages,
+    value,
+    write_positions,
+)
+
+#: The fewest steps that are rolled up.
+SHORTEST = 2
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What became of a chain of cells: `steps` of them at the node `last`, rolled up to `made` where `reason` is None."""
+
+    last: Node
+    kind: str
+    steps: int
+    reason: str | None = None
+    made: Node | None = None
+
+
+# ---- which cells follow one another ------------------------------------------------------------------------------------------
+
+
+def _before(cell: Cell, cells: dict[Node, Cell], regions: Regions) -> Cell | None:
+    """The cell whose new hidden state is this one's hidden state.
+
+    Here is the place for a step that changes the state in a way which the op could do itself, as a reset where an episode ends.
+    """
+    h = cell.h
+    if h.whole and h.base in cells:
+        return cells[h.base]
+    if name(h.base) == "unsqueeze" and h.whole and argument(h.base, 1, "dim") == 0:  # an unbatched call of nn.GRUCell
+        inside = regions.of(h.base.args[0])
+        if inside.base in cells and inside.extents == (0, None):
+            return cells[inside.base]
+    return None
+
+
+def _chains(cells: dict[Node, Cell], regions: Regions) -> list[list[Cell]]:
+    """Chains of cells with the same weights, in the order of the graph; each cell is in one."""
+    following: dict[Cell, Cell] = {}
+    chained: set[Cell] = set()
+    for cell in cells.values():
+        before = _before(cell, cells, regions)
+        if before is not None and before.weights == cell.weights and before.call == cell.call and before not in following:
+            following[before] = cell
+            chained.add(cell)
+    chains = []
+    for cell in cells.values():
+        if cell in chained:
+            continue
+        chain = [cell]
+        while chain[-1] in following:
+            chain.append(following[chain[-1]])
+        chains.append(chain)
+    return chains
+
+
+_NEAR = 24  # nodes that are looked at between two steps, to say why they are no loop
+
+
+def _why_unchained(cell: Cell, cells: dict[Node, Cell]) -> str | None:
+    """Why a cell whose state is made of that of a cell before it is no step of a loop with it; None where it is not."""
+    changed_by: list[str] = []
+    pending, seen = [cell.h.base], set()
+    while pending and len(seen) < _NEAR:
+        node = pending.pop(0)
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in cells:
+            if cells[node].weights != cell.weights:
+                continue
+            by = ", ".join(dict.fromkeys(changed_by)) or "an operation"
+            return f"the hidden state is changed between two steps (by {by})"
+        changed_by.append(name(node) or str(node.target))
+        pending += node.all_input_nodes
+    return None
+
+
+# ---- which of them can be one call -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Segment:
+    """Cells from the start of a chain on that can be one call; `take` adds one, or says why not.
+
+    Attributes:
+        reads: what a call in the place of a cell reads: its input and weights; its hidden state.
+        waiting: nodes between the cells that need a hidden state, or memory that such a node writes, and so have to come after
+            the call.
+    """
+
+    cells: list[Cell]
+    reads: Callable[[Cell], tuple[set[Node], Node]]
+    waiting: list[Node] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._data: set[Node] = set()  # needs a hidden state of the segment by value
+        self._any: set[Node] = set()  # the same, or by memory
+        self._read: set[object] = set()
+        self._written: set[object] = set()
+        self._pending: list[Node] = []
+        self._at = self.cells[0].node
+        self._seed(self.cells[0])
+
+    def _seed(self, cell: Cell) -> None:
+        self._data.add(cell.node)
+        self._any.add(cell.node)
+        needed, hidden = self.reads(cell)
+        self._read |= storages(*needed, hidden)
+
+    def take(self, cell: Cell) -> str | None:
+        node = self._at.next
+        while node is not cell.node:
+            self._pass(node)
+            if EVERYTHING in effects(node).writes:
+                return f"between the steps is an operation of unknown effect, {name(node) or node.target}"
+            node = node.next
+        needed, _ = self.reads(cell)
+        if needed & self._data:
+            return "its input at a step depends on the hidden state of the step before"
+        if needed & self._any or storages(*needed, self.cells[-1].node) & self._written:
+            if RANDOM in self._written:
+                return "random numbers are drawn both for its inputs and from its hidden states; their order would change"
+            return "memory that it reads is changed in place between the steps"
+        self._seed(cell)
+        self.cells.append(cell)
+        self.waiting += self._pending
+        self._pending.clear()
+        self._at = cell.node
+        return None
+
+    def _pass(self, node: Node) -> None:
+        effect = effects(node)
+        inputs = node.all_input_nodes
+        data = any(i in self._data for i in inputs)
+        memory = effect.reads & self._written or effect.writes & (self._read | self._written)
+        if data or memory or any(i in self._any for i in inputs):
+            self._any.add(node)
+            if data:
+                self._data.add(node)
+            self._read |= effect.reads
+            self._written |= effect.writes
+            self._pending.append(node)
+
+
+def _why_not(cells: Sequence[Cell]) -> str | None:
+    """Why cells that follow one another are no call of the sequence op."""
+    first = cells[0]
+    if not all(same_sizes(c.x.sizes, first.x.sizes) for c in cells):
+        return "its inputs differ in size from step to step"
+    tensors = [value(n) for n in (first.x.base, first.h.base, *first.weights.nodes())]
+    out = value(first.node)
+    if {t.dtype for t in tensors} == {out.dtype}:  # type: ignore[union-attr]
+        return None
+    if out.device.type == "cpu" and out.dtype == value(first.h.base).dtype:  # type: ignore[union-attr]
+        return None  # under CPU autocast both ops keep the dtype of the hidden state
+    if out.device.type == "cuda" and out.dtype == torch.float16:  # type: ignore[union-attr]
+        return None  # under CUDA autocast torch.gru and torch.gru_cell compute in float16
+    return f"autocast gives cells {out.dtype}, but sequences another dtype"  # type: ignore[union-attr]
+
+
+# ---- the call ----------------------------------------------------------------------------------------------------------------
+
+
+class Roller:
+    """Rolls up the loops of one graph."""
+
+    def __init__(self, graph: Graph, found: Found, regions: Regions, options: dict[str, object]):
+        self._graph, self._regions, self._options = graph, regions, options
+        self._cells = found.cells
+        self._written = set(write_positions(graph.nodes))
+        self._replaced: dict[Node, Region] = {}  # by what was a hidden state, where it is now
+        self._weights: dict[Weights, list[Node | None]] = {}
+
+    def run(self) -> list[Loop]:
+        """Rewrites the graph; the cells that are left are those in `found.cells`."""
+        loops: list[Loop] = []
+        chains = _chains(self._cells, self._regions)
+        refused = self._unchained(chains)
+        for chain in chains:
+            start = 0
+            while start < len(chain):
+                segment = _Segment([chain[start]], self._reads)
+                for cell in chain[start + 1 :]:
+                    reason = segment.take(cell)
+                    if reason is not None:
+                        refused[cell] = reason
+                        break
+                cells = segment.cells
+                start += len(cells)
+                if len(cells) < SHORTEST:
+                    continue
+                if (reason := _why_not(cells)) is not None:
+                    refused.update(dict.fromkeys(cells[1:], reason))
+                    continue
+                made = self._roll(segment)
+                loops.append(Loop(cells[-1].node, cells[0].kind, len(cells), made=made))
+                for cell in cells:
+                    del self._cells[cell.node]
+        outputs = [u for loop in loops for u in loop.made.users]  # type: ignore[union-attr]
+        erase_unused(self._graph, outputs, self._cells.keys())
+        merged = _merge_layers(self._graph, [loop.made for loop in loops])  # type: ignore[misc]
+        loops = [replace(loop, made=merged[loop.made]) for loop in loops]  # type: ignore[index]
+        return loops + _grouped(refused)
+
+    def _unchained(self, chains: list[list[Cell]]) -> dict[Cell, str]:
+        alone = {chain[0].node for chain in chains if len(chain) == 1}
+        reasons = {}
+        for chain in chains:
+            cell = chain[0]
+            if (before := _before(cell, self._cells, self._regions)) is not None:
+                if len(chain) == 1 and before.node in alone and before.weights != cell.weights:
+                    reasons[cell] = "the weights differ from those of the step before"
+            elif (reason := _why_unchained(cell, self._cells)) is not None:
+                reasons[cell] = reason
+        return reasons
+
+    def _reads(self, cell: Cell) -> tuple[set[Node], Node]:
+        nodes = [cell.x.base, *cell.weights.nodes(), *([] if cell.x_node is None else [cell.x_node])]
+        needed = {self.now(Region(n, (None,) * len(shape(n)))).base for n in nodes}
+        return needed, self.now(cell.h).base
+
+    def now(self, region: Region) -> Region:
+        """A region in the graph as it has become."""
+        while region.base in self._replaced:
+            part = self._replaced[region.base].part(region.extents)
+            assert part is not None
+            region = part
+        return region
+
+    def weights(self, emit_before: Node, cell: Cell) -> list[Node | None]:
+        """The weights of a cell as nodes before `emit_before`; made once where they do not change."""
+        known = self._weights.get(cell.weights)
+        if known is not None and all(n is None or n < emit_before for n in known):
+            return known
+        nodes = emit_weights(Emitter(self._graph, emit_before, cell.node), cell.weights, self.now(cell.h).base)
+        if not storages(*cell.weights.nodes()) & self._written and EVERYTHING not in self._written:
+            self._weights[cell.weights] = nodes
+        return nodes
+
+    def _roll(self, segment: _Segment) -> Node:
+        cells, graph = segment.cells, self._graph
+        first, last = cells[0].node, cells[-1].node
+        emit = Emitter(graph, last, last)
+        params = [p for p in self.weights(first, cells[0]) if p is not None]
+        x = self._sequence(emit, [self.now(c.x) for c in cells], [c.x_node for c in cells])
+        hx = emit(aten.unsqueeze.default, emit.region(self.now(cells[0].h)), 0)
+        state = value(last)
+        assert isinstance(state, Tensor)
+        results = state.new_empty(len(cells), *state.shape), state.new_empty(1, *state.shape)
+        call = emit.known(
+            results, ops.gru.default, x, hx, params, len(params) > 2, 1, 0.0, False, False, False, **self._options
+        )
+        output = emit.known(results[0], getitem, call, 0)
+
+        anchor = last
+        for node in segment.waiting:
+            anchor.append(node)
+            anchor = node
+        stacked = _Stacked(graph, output, [c.node for c in cells], self._written)
+        dead = stacked.replace()
+        _write_at_once(graph, output, [c.node for c in cells], self._regions)
+        keep = self._cells.keys()
+        erase_unused(graph, dead, keep)
+        for t in reversed(range(len(cells))):
+            node = cells[t].node
+            here = Region(output, (t, None, None))
+            if node.users:
+                if t == len(cells) - 1:  # memory of its own: what is made of it may leave the graph beside the output
+                    select = emit(aten.select.int, emit.known(results[1], getitem, call, 1), 0, 0)
+                    if storages(node) & self._written:
+                        here = self._regions.of(select)
+                else:
+                    select = emit(aten.select.int, output, 0, t)
+                node.replace_all_uses_with(select)
+            self._replaced[node] = here
+            inputs = node.all_input_nodes
+            if node is last:  # new nodes still go before it
+                node.args, node.kwargs = (), {}
+            else:
+                graph.erase_node(node)
+            erase_unused(graph, inputs, keep)
+        graph.erase_node(last)
+        self._regions.forget()
+        return call
+
+    def fuse(self, cell: Cell) -> Node:
+        """Replaces a hand-written cell by a call of the op for one cell."""
+        graph, node = self._graph, cell.node
+        weights = self.weights(node, cell)
+        emit = Emitter(graph, node, node)
+        x, h = (emit.region(self.now(r)) for r in (cell.x, cell.h))
+        fused = emit.known(value(node), ops.gru_cell.default, x, h, *weights)
+        node.replace_all_uses_with(fused)
+        self._replaced[node] = Region(fused, (None, None))
+        del self._cells[node]
+        inputs = node.all_input_nodes
+        graph.erase_node(node)
+        erase_unused(graph, inputs, self._cells.keys())
+        self._regions.forget()
+        return fused
+
+    def _sequence(self, emit: Emitter, parts: list[Region], nodes: list[Node | None]) -> Node:
+        """The inputs of all steps as one tensor [T, B, I]: slices of one tensor as a range of it, others stacked."""
+        pieces: list[Node] = []
+        single: list[Node] = []
+
+        def stack() -> None:
+            if single:
+                pieces.append(emit(aten.stack.default, list(single), 0))
+                single.clear()
+
+        at = 0
+        while at < len(parts):
+            end, dim, step = _slices(parts, at)
+            if end - at >= SHORTEST:
+                stack()
+                pieces.append(_range(emit, parts[at], dim, step, end - at))
+            else:
+                node = nodes[at]
+                single.append(emit.region(parts[at]) if node is None or node in self._replaced else node)
+            at = end
+        stack()
+        return pieces[0] if len(pieces) == 1 else emit(aten.cat.default, pieces, 0)
+
+
+def _slices(parts: Sequence[Region], start: int) -> tuple[int, int, int]:
+    """The regions from `start` on that lie one after the other along a dimension: where they end, the dimension, and the step
+    from one to the next, 0 where all are the same."""
+    first = parts[start]
+    if start + 1 == len(parts) or len(first.extents) != len(parts[start + 1].extents):
+        return start + 1, 0, 0
+    differing = [d for d, (a, b) in enumerate(zip(first.extents, parts[start + 1].extents, strict=True)) if a != b]
+    if len(differing) > 1:
+        return start + 1, 0, 0
+    dim, step = 0, 0
+    if differing:
+        [dim] = differing
+        index, following = first.extents[dim], parts[start + 1].extents[dim]
+        if not isinstance(index, int) or not isinstance(following, int):
+            return start + 1, 0, 0
+        step = following - index
+    end = start + 1
+    while end < len(parts):
+        expected = first if not step else first.replace(dim, first.extents[dim] + step * (end - start))  # type: ignore[operator]
+        if parts[end] != expected:
+            break
+        end += 1
+    return end, dim, step
+
+
+def _range(emit: Emitter, first: Region, dim: int, step: int, count: int) -> Node:
+    """`count` regions, from `first` on with `step` between, along a new first dimension."""
+    if step == 0:
+        return emit(aten.expand.default, emit(aten.unsqueeze.default, emit.region(first), 0), [count, -1, -1])
+    start = first.extents[dim]
+    assert isinstance(start, int)
+    base = emit.region(first.replace(dim, None))
+    dim -= sum(isinstance(e, int) for e in first.extents[:dim])
+    if dim != 0:
+        base = emit(aten.movedim.int, base, dim, 0)
+    low, high = sorted((start, start + step * (count - 1)))
+    if (low, high + 1, abs(step)) != (0, shape(base)[0], 1):
+        base = emit(aten.slice.Tensor, base, 0, low, high + 1, abs(step))
+    return base if step > 0 else emit(aten.flip.default, base, [0])
+
+
+def _grouped(refused: dict[Cell, str]) -> list[Loop]:
+    """One record for all steps of a loop that were refused for one reason."""
+    groups: dict[tuple[str, Weights], list[Cell]] = {}
+    for cell, reason in refused.items():
+        groups.setdefault((reason, cell.weights), []).append(cell)
+    return [Loop(cells[-1].node, cells[0].kind, len(cells) + 1, reason) for (reason, _), cells in groups.items()]
+
+
+# ---- hidden states that are stacked ------------------------------------------------------------------------------------------
+
+_CATS = ("cat", "concat", "concatenate")
+
+
+class _Stacked:
+    """Replaces `stack` and `cat` of the hidden states of a loop by its output."""
+
+    def __init__(self, graph: Graph, output: Node, states: Sequence[Node], written: set[object]):
+        self._graph, self._output, self._states, self._written = graph, output, states, written
+        self._step = {node: t for t, node in enumerate(states)}
+        self._given = False
+
+    def replace(self) -> list[Node]:
+        """Returns the nodes that are not used any more."""
+        found: dict[Node, None] = {}
+        for state in self._states:
+            for user in state.users:
+                kinds = [user] if name(user) not in ("unsqueeze", "getitem") else list(user.users)
+                found.update(dict.fromkeys(u for u in kinds if name(u) in ("stack", *_CATS)))
+        replaced = []
+        for node in found:
+            pieces = self._pieces(node)
+            if pieces is None:
+                continue
+            new = self._build(node, *pieces)
+            node.replace_all_uses_with(new)
+            replaced.append(node)
+        return replaced
+
+    def _pieces(self, node: Node) -> tuple[int, bool, list[range | Node]] | None:
+        """The dimension, whether it is a new one, and what lies along it: time steps of the output, or other nodes."""
+        elements, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", 0)
+        if not isinstance(elements, (list, tuple)) or type(dim) is not int or "out" in node.kwargs:
+            return None
+        rank = len(shape(node))
+        dim %= rank
+        steps: list[int | None] = []
+        new = name(node) == "stack"
+        if not new and all(e in self._step for e in elements):
+            steps = [self._step[e] for e in elements]
+        else:
+            new = True
+            for e in elements:
+                state = e if name(node) == "stack" else _unsqueezed(e, dim, rank)
+                steps.append(None if state is None else self._step.get(state))
+        pieces: list[range | Node] = []
+        at = 0
+        while at < len(steps):
+            end = _run(steps, at)
+            if end - at < SHORTEST:
+                pieces += elements[at:end]
+            else:
+                step = steps[at + 1] - steps[at]  # type: ignore[operator]
+                pieces.append(range(steps[at], steps[end - 1] + step, step))  # type: ignore[operator,arg-type]
+            at = end
+        if len(pieces) >= len(elements) or (not new and len(pieces) > 1):
+            return None
+        return dim, new, pieces
+
+    def _build(self, node: Node, dim: int, new: bool, pieces: list[range | Node]) -> Node:
+        emit = Emitter(self._graph, node, node)
+        if len(pieces) > 1:
+            single = name(node) == "stack"
+            parts = [
+                self._part(emit, p, dim) if isinstance(p, range) else emit(aten.unsqueeze.default, p, dim) if single else p
+                for p in pieces
+            ]
+            return emit(aten.cat.default, parts, dim)
+        [steps] = pieces
+        assert isinstance(steps, range)
+        result = self._part(emit, steps, dim)
+        if not new:  # cat along a dimension of the states: [.., T, D, ..] -> [.., T * D, ..]
+            result = emit(aten.flatten.using_ints, result, dim, dim + 1)
+        if value(result).is_contiguous():  # type: ignore[union-attr]
+            if name(result) == "flip":
+                return result
+            if result is self._output and not self._given and self._may_be_output(node):
+                self._given = True
+                return result
+            return emit(aten.clone.default, result)
+        return emit(aten.clone.default, result, memory_format=torch.contiguous_format)
+
+    def _part(self, emit: Emitter, steps: range, dim: int) -> Node:
+        """Time steps of the output, time as dimension `dim`."""
+        part = self._output
+        low, high = min(steps), max(steps)
+        if (low, high) != (0, len(self._states) - 1):
+            part = emit(aten.slice.Tensor, part, 0, low, high + 1)
+        if steps.step < 0:
+            part = emit(aten.flip.default, part, [0])
+        return part if dim == 0 else emit(aten.movedim.int, part, 0, dim)
+
+    def _may_be_output(self, stack: Node) -> bool:
+        """Whether the stacked states can share the memory of the output: nothing writes to them, and no state that is a view of
+        the output leaves the graph beside them."""
+        if storages(stack) & self._written:
+            return False
+        for state in self._states[:-1]:
+            for user in state.users:
+                if name(user) in ("stack", *_CATS) or (name(user) in ("unsqueeze", "getitem") and set(user.users) == {stack}):
+                    continue
+                if user.op == "output" or storages(user) & storages(state):
+                    return False
+        return True
+
+def _unsqueezed(element: object, dim: int, rank: int) -> Node | None:
+    """The tensor that `element` is with a new dimension `dim`, if it is one: by unsqueeze, or by None as an index."""
+    if not isinstance(element, Node) or not element.args or not isinstance(element.args[0], Node):
+        return None
+    if name(element) == "unsqueeze":
+        at = argument(element, 1, "dim")
+        return element.args[0] if type(at) is int and at % rank == dim else None
+    if name(element) == "getitem":
+        index = element.args[1] if isinstance(element.args[1], tuple) else (element.args[1],)
+        if dim < len(index) and all(i is None if d == dim else i in (slice(None), ...) for d, i in enumerate(index)):
+            return element.args[0] if ... not in index[:dim] else None
+    return None
+
+
+def _run(steps: Sequence[int | None], start: int) -> int:
+    """Where the run of time steps that go up or down by one from `start` on ends."""
+    if steps[start] is None:
+        return start + 1
+    end = start + 1
+    while end < len(steps) and steps[end] is not None:
+        difference = steps[end] - steps[end - 1]  # type: ignore[operator]
+        if abs(difference) != 1 or (end - start > 1 and difference != steps[end - 1] - steps[end - 2]):  # type: ignore[operator]
+            break
+        end += 1
+    return end
+
+
+# ---- layers of a stack -------------------------------------------------------------------------------------------------------
+
+
+def _merge_layers(graph: Graph, calls: list[Node]) -> dict[Node, Node]:
+    """Calls whose input is the output of another, and which nothing else needs, become one call with several layers: kernels
+    run layers of a stack side by side.  Returns the call that each is part of now."""
+    now = {call: call for call in calls}
+    for upper in sorted(calls):
+        lower = now.get(upper.args[0].args[0]) if name(upper.args[0]) == "getitem" else None  # type: ignore[union-attr,index]
+        if lower is None or not _are_layers(lower, upper):
+            continue
+        emit = Emitter(graph, upper, upper)
+        hx = emit(aten.cat.default, [lower.args[1], upper.args[1]], 0)
+        params = [*lower.args[2], *upper.args[2]]  # type: ignore[misc]
+        has_biases, layers = lower.args[3], lower.args[4] + 1  # type: ignore[operator]
+        results = value(upper)[0], value(hx).new_empty(shape(hx))  # type: ignore[index,union-attr]
+        made = emit.known(
+            results, ops.gru.default, lower.args[0], hx, params, has_biases, layers, *upper.args[5:], **upper.kwargs
+        )
+        h_n = emit.known(results[1], getitem, made, 1)
+        waiting = _dependents(lower, upper)
+        anchor = upper
+        for node in waiting:
+            anchor.append(node)
+            anchor = node
+        for part, first, last in ((lower, 0, layers - 1), (upper, layers - 1, layers)):
+            for user in list(part.users):
+                if user.args[1] == 1:
+                    user.replace_all_uses_with(emit(aten.slice.Tensor, h_n, 0, first, last))
+                elif part is upper:
+                    user.replace_all_uses_with(emit.known(results[0], getitem, made, 0))
+        for call in (upper, lower):
+            for user in [u for u in call.users if not u.users]:
+                graph.erase_node(user)
+            graph.erase_node(call)
+        erase_unused(graph, [h_n], ())
+        now = {call: made if at in (lower, upper) else at for call, at in now.items()} | {made: made}
+    return now
+
+
+def _are_layers(lower: Node, upper: Node) -> bool:
+    """Whether one call can take the place of both, where the upper one is."""
+    output, hx, params = upper.args[:3]
+    same = lower.args[3] == upper.args[3] and lower.kwargs == upper.kwargs
+    sizes = same_sizes(shape(lower.args[1])[1:], shape(hx)[1:])  # type: ignore[arg-type]
+    if not same or not sizes or set(output.users) != {upper}:  # type: ignore[union-attr]
+        return False
+    if not {hx, *params}.isdisjoint(_dependents(lower, upper)):  # type: ignore[misc]
+        return False
+    node = lower.next
+    while node is not upper:
+        if effects(node).writes:
+            return False
+        node = node.next
+    return True
+
+
+def _dependents(lower: Node, upper: Node) -> list[Node]:
+    """The nodes between two calls that need the lower one."""
+    needs = {lower}
+    found = []
+    node = lower.next
+    while node is not upper:
+        if any(i in needs for i in node.all_input_nodes):
+            needs.add(node)
+            found.append(node)
+        node = node.next
+    return found
+
+
+# ---- hidden states that are written to a tensor ------------------------------------------------------------------------------
+
+
+def _write_at_once(graph: Graph, output: Node, states: Sequence[Node], regions: Regions) -> None:
+    """``y[t] = h`` in every step becomes one copy of the output, where nothing looks at y in between."""
+    targets: dict[Node, list[tuple[int, Node, Region]]] = {}
+    for t, state in enumerate(states):
+        for user in state.users:
+            if name(user) == "setitem" and user.args[2] is state and isinstance(user.args[0], Node) and not user.users:
+                into = user.args[0]
+                part = indexed(Region(into, (None,) * len(shape(into))), user.args[1])
+                if part is not None and same_sizes(part.sizes, shape(state)):
+                    targets.setdefault(into, []).append((t, user, part))
+    for into, writes in targets.items():
+        steps, nodes, parts = zip(*writes, strict=True)
+        end, dim, step = _slices(parts, 0)
+        in_order = list(steps) == list(range(steps[0], steps[0] + len(steps)))
+        if len(writes) < SHORTEST or end != len(parts) or step == 0 or not in_order or not _alone(nodes, into):
+            continue
+        emit = Emitter(graph, nodes[-1], nodes[-1])
+        source: Node = output
+        if len(steps) != len(states):
+            source = emit(aten.slice.Tensor, source, 0, steps[0], steps[-1] + 1)
+        place, reverse = _written_range(emit, parts[0], dim, step, len(parts))
+        if reverse:
+            source = emit(aten.flip.default, source, [0])
+        emit.known(value(place), aten.copy_.default, place, source)
+        for node in nodes:
+            graph.erase_node(node)
+    if targets:
+        regions.forget()
+
+
+def _written_range(emit: Emitter, first: Region, dim: int, step: int, count: int) -> tuple[Node, bool]:
+    """As :func:`_range`, as a view; and whether time runs backwards in it."""
+    start = first.extents[dim]
+    assert isinstance(start, int)
+    if step < 0:
+        first = first.replace(dim, start + step * (count - 1))
+    return _range(emit, first, dim, abs(step), count), step < 0
+
+
+def _alone(nodes: Sequence[Node], into: Node) -> bool:
+    """Whether nothing between the first and the last of `nodes` reads or writes the memory of `into`."""
+    memory = {*storages(into), EVERYTHING}
+    node, others = nodes[0], set(nodes)
+    while node is not nodes[-1]:
+        if node not in others:
+            effect = effects(node)
+            if memory & (effect.reads | effect.writes):
+                return False
+        node = node.next
+    return True
