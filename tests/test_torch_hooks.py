@@ -97,6 +97,33 @@ def test_shape_rule_is_used_by_dynamo_and_never_while_a_graph_is_recorded():
         hook.remove()
 
 
+def test_parameters_are_not_flattened_in_a_graph(monkeypatch):
+    """nn.GRU's forward wants to where they are other objects than they were; on CUDA Dynamo cannot trace that."""
+
+    def untraceable(self):
+        torch._dynamo.graph_break()
+
+    monkeypatch.setattr(nn.RNNBase, "flatten_parameters", untraceable)
+    x, h = torch.randn(5, 2, 3), torch.zeros(1, 2, 4)
+    wanted = [True]
+    hook = torch_hooks.DynamoHook(
+        lambda backend: wanted[0], lambda x, h, *rest: (x.new_empty(*x.shape[:2], h.shape[2]), torch.empty_like(h))
+    )
+    hook.install()
+    try:
+        rnn = nn.GRU(3, 4)
+        for name, parameter in list(rnn.named_parameters()):
+            setattr(rnn, name, nn.Parameter(parameter.detach() * 2))  # not the ones whose addresses it keeps
+        compiled = torch.compile(rnn.forward, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x, h), torch.gru(x, h, list(rnn.parameters()), True, 1, 0.0, True, False, False))
+        wanted[0] = False
+        torch._dynamo.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            torch.compile(rnn.forward, backend="eager", fullgraph=True)(x, h)
+    finally:
+        hook.remove()
+
+
 def wraps(x, k, *, batch=None):
     """Stands in for `torch.nn.utils.rnn.pack_padded_sequence`."""
     return nn.utils.rnn.PackedSequence(x * k, torch.tensor([2])), x.size(0)

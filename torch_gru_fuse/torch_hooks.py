@@ -519,7 +519,7 @@ class DynamoHook:
         if self.installed:
             return
         self._install_module_hook()
-        self._install_packed_functions()
+        self._install_functions()
         for op, rule in self._shape_rules.items():
             self._install_shape_rule(op, rule)
         if self._cell_shape_rule is not None:
@@ -548,12 +548,10 @@ class DynamoHook:
         VariableBuilder.wrap_module = wrap_module
         self._undo.append(lambda: setattr(VariableBuilder, "wrap_module", original))
 
-    def _install_packed_functions(self) -> None:
+    def _install_functions(self) -> None:
         # torch.nn.utils.rnn's are functions that Dynamo skips, methods of nn.GRU functions that it traces.
+        from torch._dynamo.variables.constant import ConstantVariable
         from torch._dynamo.variables.functions import SkipFunctionVariable, UserFunctionVariable, UserMethodVariable
-
-        if not self._packed_functions:
-            return
 
         def traced_function(variable: Any) -> Callable[..., Any] | None:
             variable = getattr(variable, "im_func", variable)  # of a method, from torch 2.15 on
@@ -565,6 +563,10 @@ class DynamoHook:
             @functools.wraps(original)
             def call_function(variable: Any, tx: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
                 called = function_of(variable)
+                # nn.GRU's forward calls it where parameters are other objects than they were.  Dynamo cannot trace what it does
+                # on CUDA, and in a graph there is no need of it.
+                if called is torch.nn.GRU.flatten_parameters and _is_a(torch.nn.GRU, self_args(variable)) and self._wanted(tx):
+                    return ConstantVariable.create(None)
                 for function, replacement in self._packed_functions.items():
                     if called is function:
                         arguments = [*self_args(variable), *args]
@@ -662,8 +664,13 @@ class DynamoHook:
 
 def _is_packed_sequence(variable: Any) -> bool:
     """Whether a value that Dynamo traces is a PackedSequence."""
+    return _is_a(torch.nn.utils.rnn.PackedSequence, [variable])
+
+
+def _is_a(kind: type, variables: Sequence[Any]) -> bool:
+    """Whether the first of values that Dynamo traces is of that type."""
     try:
-        return issubclass(variable.realize().python_type(), torch.nn.utils.rnn.PackedSequence)
+        return bool(variables) and issubclass(variables[0].realize().python_type(), kind)
     except NotImplementedError:  # a variable that has no Python type
         return False
 
