@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_gru_fuse import torch_hooks
 from torch_gru_fuse.ops.schemas import ops
 from torch_gru_fuse.passes import packed_sequences
-from torch_gru_fuse.passes.rewrite import cache_tag, rewrite, settings
+from torch_gru_fuse.passes.rewrite import cache_tag, inductor_options, rewrite, settings
 
 log = logging.getLogger("torch_gru_fuse")
 
@@ -59,7 +59,7 @@ def _cell_shape(*args: Any, **kwargs: Any) -> Tensor:
 dynamo_hook = torch_hooks.DynamoHook(
     _will_be_rewritten, _shapes, _packed_shapes, packed_sequences.REPLACEMENTS, cell_shape_rule=_cell_shape
 )
-inductor_hook = torch_hooks.InductorHook(rewrite, cache_tag)
+inductor_hook = torch_hooks.InductorHook(rewrite, cache_tag, inductor_options)
 
 
 class enable:  # noqa: N801  (called as a function, as torch.no_grad is)

@@ -708,11 +708,18 @@ class InductorHook:
             replaced nodes.
         cache_tag: becomes part of the cache keys of rewritten graphs, so that an entry made by
             another version of this package is never used.
+        options: called with a graph after that; what Inductor's configuration has to be for it.
     """
 
-    def __init__(self, rewrite: Callable[[torch.fx.GraphModule], int], cache_tag: Callable[[], str]):
+    def __init__(
+        self,
+        rewrite: Callable[[torch.fx.GraphModule], int],
+        cache_tag: Callable[[], str],
+        options: Callable[[torch.fx.GraphModule], dict[str, Any]] = lambda gm: {},
+    ):
         self._rewrite = rewrite
         self._cache_tag = cache_tag
+        self._options = options
         self._original: Callable[..., Any] | None = None
 
     @property
@@ -751,7 +758,10 @@ class InductorHook:
     def _compile(
         self, original: Callable[..., Any], gm: Any, inputs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if not isinstance(gm, torch.fx.GraphModule) or not self._rewrite(gm):
+        if not isinstance(gm, torch.fx.GraphModule):
+            return original(gm, inputs, *args, **kwargs)
+        count, options = self._rewrite(gm), self._options(gm)
+        if not count and not options:
             return original(gm, inputs, *args, **kwargs)
         from torch._inductor.compile_fx import compile_fx_inner
 
@@ -765,8 +775,12 @@ class InductorHook:
             with config.patch(cache_key_tag=tag):
                 return inner(*inner_args, **inner_kwargs)
 
+        args = args[1:]
+        if options:
+            given = args[0] if args else kwargs.pop("config_patches", None)
+            args = ({**(given or {}), **options}, *args[1:])
         with config.patch(cache_key_tag=tag):
-            return original(gm, inputs, inner_compile, *args[1:], **kwargs)
+            return original(gm, inputs, inner_compile, *args, **kwargs)
 
 
 def inductor_mode_options(mode: str | None, dynamic: bool | None = None) -> dict[str, Any]:

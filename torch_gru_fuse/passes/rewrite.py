@@ -212,6 +212,17 @@ def rewrite(gm: GraphModule) -> int:
     return total
 
 
+def inductor_options(gm: GraphModule) -> dict[str, object]:
+    """What Inductor's configuration has to be for a graph.
+
+    Ops that a CUDA graph may not hold keep their whole graph out of it.  Inductor would cut the graph around them, but hands
+    the results of an op that has several to the next piece as one input, which that does not take (torch 2.11).
+    """
+    targets = {node.target for module in (gm, *torch_hooks.child_graphs(gm)) for node in module.graph.nodes}
+    packed = {ops.gru_packed.default, ops.pack_padded.default, ops.pad_packed.default}
+    return {} if targets.isdisjoint(packed) else {"graph_partition": False}
+
+
 def cache_tag() -> str:
     """Distinguishes this version of the package, and what it makes of a graph, in the keys of compile caches."""
     return f"torch_gru_fuse-{torch_hooks.source_hash(Path(__file__).parents[1])}-{settings}"
