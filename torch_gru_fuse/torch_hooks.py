@@ -763,6 +763,7 @@ class InductorHook:
         count, options = self._rewrite(gm), self._options(gm)
         if not count and not options:
             return original(gm, inputs, *args, **kwargs)
+        from torch._inductor import config as inductor_config
         from torch._inductor.compile_fx import compile_fx_inner
 
         config = torch.compiler.config
@@ -772,15 +773,11 @@ class InductorHook:
         # The backward graph is compiled after this function has returned, hence the second patch.
         @functools.wraps(inner)
         def inner_compile(*inner_args: Any, **inner_kwargs: Any) -> Any:
-            with config.patch(cache_key_tag=tag):
+            with config.patch(cache_key_tag=tag), inductor_config.patch(options):
                 return inner(*inner_args, **inner_kwargs)
 
-        args = args[1:]
-        if options:
-            given = args[0] if args else kwargs.pop("config_patches", None)
-            args = ({**(given or {}), **options}, *args[1:])
-        with config.patch(cache_key_tag=tag):
-            return original(gm, inputs, inner_compile, *args, **kwargs)
+        with config.patch(cache_key_tag=tag), inductor_config.patch(options):
+            return original(gm, inputs, inner_compile, *args[1:], **kwargs)
 
 
 def inductor_mode_options(mode: str | None, dynamic: bool | None = None) -> dict[str, Any]:
