@@ -14,10 +14,10 @@ os.environ.pop("TORCH_GRU_FUSE_KERNELS", None)
 
 import torch  # noqa: E402
 
-import torch_gru_fuse  # noqa: E402
-
 # `torch._dynamo.reset` goes through the backends that were used, and imports this on the way, which adds one.
 import torch._inductor.compile_fx  # noqa: E402
+
+import torch_gru_fuse  # noqa: E402
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 

@@ -132,6 +132,16 @@ def test_the_table_has_both_errors_and_the_mark():
     assert "WRONG: fused, compiled; no times" in text and "3.2e-04  1.2e-07" in text and "compiled 5.0e-01" in text
 
 
+def test_the_table_has_what_is_held():
+    row = bench.Row("own", "float32", True, bench.Shape(1, 1, 1, 1, 1), milliseconds={"own": 2.0, "fused": 1.0})
+    row.errors = {"own": (1.5e-6, 1.25e-7), "fused": (2.5e-3, 3.25e-4)}
+    assert "held" not in bench._format([row], torch.device("cpu"))
+    row.held = {"own": 44.0, "fused": 33.25, "recompute": 2.0}
+    head, line, *_, legend = bench._format([row], torch.device("cpu")).splitlines()
+    assert head.split()[-4:] == ["held:", "own", "fused", "recompute"] and line.split()[-3:] == ["44.0", "33.2", "2.0"]
+    assert "held: MiB between forward and backward" in legend
+
+
 @pytest.mark.parametrize("milliseconds, calls", [(8.0, 1), (0.1, 1), (0.05, 20), (0.01, 100), (0.0, 100)])
 def test_short_calls_are_captured_many_in_a_graph(milliseconds, calls):
     assert bench._calls_a_graph(milliseconds) == calls

@@ -165,3 +165,7 @@ def test_memory_between_forward_and_backward(enabled, monkeypatch, kind, bidirec
     rounding = 1024 * states + 512 * 8  # of the reserve (ops/schemas.py), and of each allocation to 512 bytes
     assert compiled <= eager + rounding, f"{compiled / 2**20:.2f} MiB; eagerly {eager / 2**20:.2f} MiB"
     assert eager > T * B * H * dtype.itemsize  # or it was not measured
+    torch._dynamo.reset()
+    with torch_gru_fuse.enable(recompute=True):
+        recomputed = held(under_autocast, torch.compile(model, fullgraph=True), x)
+    assert recomputed <= eager / 2

@@ -93,6 +93,7 @@ class Row:
         wrong: which results are wrong.
         less_exact: what to know of "fused" beside its error, if anything.
         ran: the kernel that the op chose for "fused", and why.
+        held: MiB between forward and backward, results included, by "own", "fused" and "recompute"; of training on CUDA.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Row:
     wrong: list[str] = field(default_factory=list)
     less_exact: str = ""
     ran: str = ""
+    held: dict[str, float] = field(default_factory=dict)
 
     def ratio(self, ours: str, theirs: str) -> float | None:
         times = self.milliseconds
@@ -185,12 +187,18 @@ class Problem:
         inputs = [self.x, self.hx, *self.module.parameters()]
         return [*outputs, *torch.autograd.grad(outputs[0], inputs, self.grad_output)]
 
+    def forward(self, way: str) -> tuple[Tensor, Tensor]:
+        """output and h_n by "own", "fused" or "recompute"."""
+        arguments = self.x, self.hx, self.module._flat_weights, *self.flags
+        if way == "own":
+            return torch.gru(*arguments)
+        return torch.ops.torch_gru_fuse.gru.default(*arguments, recompute=way == "recompute")
+
     def own(self) -> list[Tensor]:
-        return self._finish(torch.gru(self.x, self.hx, self.module._flat_weights, *self.flags))
+        return self._finish(self.forward("own"))
 
     def fused(self) -> list[Tensor]:
-        weights = self.module._flat_weights
-        return self._finish(torch.ops.torch_gru_fuse.gru.default(self.x, self.hx, weights, *self.flags))
+        return self._finish(self.forward("fused"))
 
     def compiled(self, rewrite: bool, **options: Any) -> Callable[[], list[Tensor]]:
         """Compiled at its first call, as a user's model is."""
@@ -319,6 +327,19 @@ def _capture(run: Callable[[], object], calls: int) -> _Replay:
     return _Replay(graph, calls, results)
 
 
+def _held(problem: Problem) -> dict[str, float]:
+    """MiB that a forward leaves allocated until its backward, by way."""
+    held = {}
+    for way in ("own", "fused", "recompute"):
+        problem._finish(problem.forward(way))  # workspaces and code
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        outputs = problem.forward(way)
+        held[way] = (torch.cuda.memory_allocated() - before) / 2**20
+        del outputs
+    return held
+
+
 def _ways(problem: Problem, device: torch.device, compile_: bool) -> Iterator[tuple[str, Callable[[], Callable[[], object]]]]:
     """(name, maker of a function to time); "own" is PyTorch's GRU, on CUDA cuDNN's."""
     yield "own", lambda: problem.own
@@ -350,6 +371,8 @@ def measure(name: str, shape: Shape, dtype_name: str, device: torch.device, *, t
         if wrong:
             row.wrong.append("fused")
             return row
+        if train and device.type == "cuda":
+            row.held = _held(problem)
         times = {}
         for way, make in _ways(problem, device, compile_):
             try:
@@ -406,7 +429,9 @@ def _format(rows: list[Row], device: torch.device) -> str:
     columns = [c for c in COLUMNS if any(c in r.milliseconds for r in rows)]
     pairs = RATIOS_CUDA if device.type == "cuda" else RATIOS_CPU
     head = f"{'shape':9} {'dtype':9}" + "".join(f"{c:>18}" for c in columns) + "".join(f"{name:>13}" for name in pairs)
-    lines = [f"{head}  {'error: rms':>10} {'own':>8} {'greatest':>9} {'own':>8}"]
+    held = any(row.held for row in rows)
+    memory = f"{'held: own':>12}{'fused':>9}{'recompute':>10}" if held else ""
+    lines = [f"{head}  {'error: rms':>10} {'own':>8} {'greatest':>9} {'own':>8}{memory}"]
     for row in rows:
         start = f"{row.name:9} {row.dtype:9}"
         (greatest, rms), (own_greatest, own_rms) = row.errors["fused"], row.errors["own"]
@@ -417,12 +442,14 @@ def _format(rows: list[Row], device: torch.device) -> str:
             continue
         times = "".join(f"{row.milliseconds[c]:18.4f}" if c in row.milliseconds else f"{'-':>18}" for c in columns)
         ratios = "".join(f"{'-' if ratio is None else f'{ratio:.2f}x':>13}" for ratio in _ratios(row, device).values())
-        lines.append(f"{start}{times}{ratios}{errors}{f'  ! {row.less_exact}' if row.less_exact else ''}")
+        memory = "".join(f"{row.held[w]:{n}.1f}" for w, n in (("own", 12), ("fused", 9), ("recompute", 10))) if row.held else ""
+        lines.append(f"{start}{times}{ratios}{errors}{memory}{f'  ! {row.less_exact}' if row.less_exact else ''}")
     lines += [f"{row.name} {row.dtype}, {way}: {why}" for row in rows for way, why in row.failed.items()]
     quotients = ", ".join(f"{name}: {theirs} / {ours}" for name, (theirs, ours) in pairs.items())
     lines.append(
         f"Milliseconds, medians. own: PyTorch's GRU{' (cuDNN)' if device.type == 'cuda' else ''}. {quotients}. "
         "error: of fused, against float64, relative to its RMS, beside PyTorch's own."
+        + (" held: MiB between forward and backward." if held else "")
     )
     return "\n".join(lines)
 
