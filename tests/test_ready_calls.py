@@ -806,10 +806,32 @@ def test_addresses_that_are_not_aligned(launches_on_cpu, monkeypatch, plan, vari
 
 def test_what_has_no_ready_call(monkeypatch):
     for plan, variant in (
-        (Plan("torch", None, False, "test"), {}), (Plan("step", None, False, "test"), {}), (STREAM, {"T": 1, "B": 0}),
+        (Plan("step", None, False, "test"), {}), (STREAM, {"T": 1, "B": 0}),
         (whole(2, SPREAD), {"H": 20}),
     ):  # fmt: skip
         assert ready(monkeypatch, plan, gru_args(**variant, requires_grad=False)) is None
+
+
+@pytest.mark.parametrize("variant", [{}, {"batch_first": True, "bidirectional": True}, {"bias": False}])
+def test_what_pytorch_runs_is_ready_and_prepares_for_a_graph_once(monkeypatch, variant):
+    ordinary = []
+    monkeypatch.setattr(kernel_path, "gru_forward", lambda call, save: ordinary.append(save))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    args = gru_args(**variant, requires_grad=False)
+    run = ready(monkeypatch, Plan("torch", None, False, "test"), args)
+    for given in (args, gru_args(**variant, requires_grad=False)):
+        results = run(*given[:3])
+        assert_same(results, torch.gru(*given), 0)
+        assert [t.stride() for t in results] == [t.stride() for t in dispatch_results(given)]
+    assert ordinary == [False]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    ready(monkeypatch, Plan("torch", None, False, "test"), args)
+    assert ordinary == [False]
+
+
+def dispatch_results(args):
+    with torch.no_grad():
+        return ops.gru(*args)
 
 
 def test_a_launch_that_does_not_fit(launches_on_cpu, monkeypatch):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch_gru_fuse import torch_hooks
 from torch_gru_fuse.kernels.launch import DoesNotFit
 from torch_gru_fuse.kernels.stream import stack_of
-from torch_gru_fuse.ops import cudnn_path, kernel_backward, kernel_path, whole_path
+from torch_gru_fuse.ops import cudnn_path, kernel_backward, kernel_path, torch_path, whole_path
 from torch_gru_fuse.ops.call import GRUCall
 from torch_gru_fuse.ops.ready_calls import Run
 from torch_gru_fuse.ops.schemas import reserve_size
@@ -36,7 +36,29 @@ def of(call: GRUCall, *, batch_first: bool, save: bool = False) -> Run | None:
     if plan.whole is not None and call.H % 16 == 0:
         size = reserve_size(call.T, call.B, call.H, call.L, call.D, cuda=True, bytes_each=call.hx.dtype.itemsize)
         return _whole_sequences(call, plan, batch_first, reserve=size if save else 0)
+    if plan.kernel == "torch" and not save:
+        _run_once(call, save)
+        return functools.partial(_own, _flags(call), batch_first)
     return None
+
+
+def _run_once(call: GRUCall, save: bool) -> None:
+    """In the ordinary way, which prepares what a CUDA graph would take."""
+    if not torch.cuda.is_current_stream_capturing():
+        with torch.no_grad():
+            kernel_path.gru_forward(call, save)
+
+
+def _flags(call: GRUCall) -> GRUCall:
+    """The call without its tensors, which are not to be kept."""
+    return call._replace(input=None, hx=None, params=[])
+
+
+def _own(flags: GRUCall, batch_first: bool, x: Tensor, hx: Tensor, params: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """PyTorch's own GRU."""
+    x = x.transpose(0, 1) if batch_first else x
+    output, h_n, _ = torch_path.gru_forward(flags._replace(input=x, hx=hx, params=params), False)
+    return output.transpose(0, 1) if batch_first else output, h_n
 
 
 class Training(NamedTuple):
@@ -61,11 +83,8 @@ def training_of(call: GRUCall) -> Training | None:
         forward = _whole_sequences(call, plan, False, reserve=size)
         return Training(forward, functools.partial(_backward_of_kernels, plan))
     if plan.kernel == "torch" and torch_hooks.cudnn_runs(call.input):
-        if not torch.cuda.is_current_stream_capturing():
-            with torch.no_grad():
-                kernel_path.gru_forward(call, True)  # once in the ordinary way: it prepares what a CUDA graph would take
-        like = call._replace(input=None, hx=None, params=[])  # flags only: no tensor is kept
-        return Training(functools.partial(_cudnn_forward, like, plan), _cudnn_backward)
+        _run_once(call, True)
+        return Training(functools.partial(_cudnn_forward, _flags(call), plan), _cudnn_backward)
     return None
 
 
@@ -74,9 +93,9 @@ def _backward_of_kernels(plan: Plan, call: GRUCall, *args: Any) -> list[Tensor]:
 
 
 def _cudnn_forward(
-    like: GRUCall, plan: Plan, x: Tensor, hx: Tensor, params: list[Tensor]
+    flags: GRUCall, plan: Plan, x: Tensor, hx: Tensor, params: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    results = cudnn_path.gru_forward_own_reserve(like._replace(input=x, hx=hx, params=params))
+    results = cudnn_path.gru_forward_own_reserve(flags._replace(input=x, hx=hx, params=params))
     return kernel_path.remember(results, True, plan, cudnn_path)
 
 
