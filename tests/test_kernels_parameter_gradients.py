@@ -20,8 +20,8 @@ def in_order(sums, rotated, w, b_ih, b_hh, hidden):
     kernel[grid](*pointers, programs, **constants)
 
 
-@pytest.mark.parametrize("hidden", [1, 16, 33, 100])
-@pytest.mark.parametrize("programs", [1, 5, 70])
+@pytest.mark.parametrize("hidden", [1, 33])
+@pytest.mark.parametrize("programs", [1, 70])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("rotated, biases", [(True, True), (True, False), (False, True)])
 def test_parameter_gradients(hidden, programs, dtype, rotated, biases):
@@ -51,7 +51,7 @@ def test_parameter_gradients(hidden, programs, dtype, rotated, biases):
 
 
 @pytest.mark.parametrize("capability", [89, 90])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     "lanes, hidden, rotated, biases", [(16, 256, True, True), (1, 1024, True, False), (2, 20, False, True)]
 )

@@ -37,13 +37,15 @@ def sum_biases(p_sums, p_b_ih, p_b_hh, i_block, PROGRAMS, H: tl.constexpr, BLOCK
     o_p = tl.arange(0, BLOCK_P)
     b_hn = tl.full((BLOCK_P, BLOCK_H), 0.0, tl.float32)
     b_r, b_z, b_n = b_hn, b_hn, b_hn
-    for p in range(0, PROGRAMS, BLOCK_P):
+    p = PROGRAMS * 0
+    while p < PROGRAMS:  # the interpreter of Triton 3.6 has no `range` up to an argument
         o = (p + o_p)[:, None] * (4 * H) + o_u[None, :]
         m = (p + o_p < PROGRAMS)[:, None] & m_u[None, :]
         b_hn += tl.load(p_sums + o, m, 0.0).to(tl.float32)
         b_r += tl.load(p_sums + H + o, m, 0.0).to(tl.float32)
         b_z += tl.load(p_sums + 2 * H + o, m, 0.0).to(tl.float32)
         b_n += tl.load(p_sums + 3 * H + o, m, 0.0).to(tl.float32)
+        p += BLOCK_P
     b_r, b_z = add_up(b_r, 0), add_up(b_z, 0)
     tl.store(p_b_ih + o_u, b_r, m_u)
     tl.store(p_b_ih + H + o_u, b_z, m_u)
