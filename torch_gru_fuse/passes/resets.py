@@ -52,7 +52,8 @@ class Factor:
     @property
     def form(self) -> object:
         """Factors of the same form are made for all steps at once."""
-        return self.functions, len(self.region.sizes), value(self.region.base).dtype  # type: ignore[union-attr]
+        sizes = self.region.sizes
+        return self.functions, len(sizes), _one_element(sizes), value(self.region.base).dtype  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,10 @@ class Reset:
     state: Region
     factor: Factor
     dtype: torch.dtype
+
+
+def _one_element(sizes: tuple[object, ...]) -> bool:
+    return all(type(size) is int and size == 1 for size in sizes)
 
 
 _TO_DTYPE = ("to", "type", "type_as", "float", "double", "half", "bfloat16", "bool", "int", "long", "_to_copy")
@@ -141,7 +146,7 @@ def _factor(node: Node, batch: object, regions: Regions, unchanged: Callable[[No
     if name(node) in ("expand", "expand_as") and isinstance(node.args[0], Node):
         node = node.args[0]
     sizes = shape(node)
-    if not same_sizes(sizes, (batch, 1)) and not (isinstance(batch, int) and all(s == 1 for s in sizes)):
+    if not same_sizes(sizes, (batch, 1)) and not (isinstance(batch, int) and len(sizes) <= 2 and _one_element(sizes)):
         return None
     functions: list[Pointwise] = []
     region = regions.of(node)
