@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from problems import assert_same, tensors
 from rollup import check, compiled_graph, value_and_grads, x_of
 from torch import nn
@@ -370,11 +372,85 @@ def test_stays(loop):
     assert graph.gru == 0 and any(STAY[loop] in r for r in graph.reasons), graph.reasons
 
 
-def test_flags_that_are_overwritten_in_between():
+def state_is_changed_after_its_reset(m, x, done):
+    h = first_state(x)
+    for t in range(len(x)):
+        h = h * (1 - done[t])[:, None]
+        h.add_(0.5)
+        h = m.cell(x[t], h)
+    return h
+
+
+def factor_is_changed(m, x, done):
+    h = first_state(x)
+    for t in range(len(x)):
+        factor = 1 - done[t]
+        factor.clamp_(min=0.5)
+        h = m.cell(x[t], h * factor[:, None])
+    return h
+
+
+def flags_are_changed_afterwards(m, x, done):
+    h, done = first_state(x), done.clone()
+    for t in range(len(x)):
+        h = m.cell(x[t], h * (1 - done[t])[:, None])
+    done.zero_()
+    return h, done
+
+
+def zeros_are_changed(m, x, done):
+    h, zero = first_state(x), torch.zeros(B, H, dtype=x.dtype)
+    zero += 1
+    for t in range(len(x)):
+        h = m.cell(x[t], torch.where(done[t][:, None] > 0, zero, h))
+    return h
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [flags_are_overwritten, state_is_changed_after_its_reset, factor_is_changed, flags_are_changed_afterwards,
+     zeros_are_changed],
+    ids=lambda f: f.__name__,
+)  # fmt: skip
+def test_what_is_written_in_between(loop):
     with torch.no_grad():
-        model, x, done = Model(flags_are_overwritten).double(), x_of(T, B, I), done_of()
+        model, x, done = Model(loop).double(), x_of(T, B, I), done_of()
         compiled, _ = compiled_graph(model, x, done)
-        assert_same(tensors(compiled(x, done)), tensors(model(x, done)), 1e-12)
+        for _ in range(2):
+            assert_same(tensors(compiled(x, done)), tensors(model(x, done)), 1e-12)
+
+
+@settings(max_examples=15, deadline=None, database=None, derandomize=True)
+@given(
+    st.lists(st.sampled_from(["none", "(1 - done[t]).unsqueeze(-1)", "mask[t]", "compared", "(1 - done)[t]"]), min_size=5,
+             max_size=5),
+    st.integers(1, 2), st.booleans(), st.booleans(), st.booleans(),
+)  # fmt: skip
+def test_any_loop(spellings, layers, after, keep_states, backwards):
+    """Whatever resets there are, before the cells or after them: the results and gradients are those of eager PyTorch."""
+
+    def loop(m, x, done):
+        states, outputs = [first_state(x) for _ in m.cells], []
+        for t in reversed(range(T)) if backwards else range(T):
+            step, spelling = x[t], spellings[t]
+            for layer, cell in enumerate(m.cells):
+                h = states[layer]
+                if not after and spelling != "none":
+                    h = FLOAT[spelling](h, done, t)
+                step = h = cell(step, h)
+                if after and spelling != "none":
+                    h = FLOAT[spelling](h, done, t)
+                states[layer] = h
+            outputs.append(states[-1] if keep_states else step)
+        return torch.stack(outputs), states[0]
+
+    torch.manual_seed(0)
+    model, x, done = Model(loop, layers).double(), x_of(T, B, I), done_of()
+    inputs = [*model.parameters(), x]
+    expected = value_and_grads(model, (x, done), inputs)
+    compiled, graph = compiled_graph(model, x, done)
+    assert_same(value_and_grads(compiled, (x, done), inputs), expected, 1e-12)
+    assert graph.gru_cell == 0 or after
 
 
 def test_factors_and_selection_in_one_loop():

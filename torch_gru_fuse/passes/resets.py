@@ -87,7 +87,7 @@ def find_reset(h: Region, cells: Container[Node], regions: Regions, unchanged: C
     unchanged: whether nothing in the graph writes to the memory of a node.
     """
     node = h.base
-    if not h.whole or len(shape(node)) != 2:
+    if not h.whole or len(shape(node)) != 2 or not unchanged(node):
         return None
     for state, factor, functions in _candidates(node, cells, unchanged):
         if not isinstance(state, Node) or not isinstance(factor, Node):
@@ -153,7 +153,7 @@ def _factor(node: Node, batch: object, regions: Regions, unchanged: Callable[[No
     while region.base is node and region.whole:
         if (source := _without_last_dimension(node, regions)) is not None:
             region = source
-        elif (applied := _pointwise(node)) is not None and unchanged(applied[0]):
+        elif (applied := _pointwise(node)) is not None and unchanged(node) and unchanged(applied[0]):
             functions.insert(0, applied[1])
             region = regions.of(applied[0])
         else:
