@@ -8,7 +8,8 @@ TORCH_LIBRARY(torch_gru_fuse, m) {
   // For users: the arguments of torch.gru, of its overload for packed data and of torch.gru_cell.
   m.def(
       "gru(Tensor input, Tensor hx, Tensor[] params, bool has_biases, int num_layers, float dropout, bool train, "
-      "bool bidirectional, bool batch_first, *, bool recompute=False) -> (Tensor, Tensor)");
+      "bool bidirectional, bool batch_first, *, bool recompute=False, Tensor? resets=None, Tensor? keep=None) "
+      "-> (Tensor, Tensor)");
   m.def(
       "gru_cell(Tensor input, Tensor hx, Tensor w_ih, Tensor w_hh, Tensor? b_ih=None, Tensor? b_hh=None) -> Tensor");
 
@@ -19,11 +20,11 @@ TORCH_LIBRARY(torch_gru_fuse, m) {
   // What a compiled graph holds.
   m.def(
       "gru_forward(Tensor input, Tensor hx, Tensor[] params, bool has_biases, int num_layers, bool bidirectional, "
-      "Tensor? dropout_masks, bool save, *, bool recompute=False) -> (Tensor, Tensor, Tensor)");
+      "Tensor? dropout_masks, bool save, Tensor? keep=None, *, bool recompute=False) -> (Tensor, Tensor, Tensor)");
   m.def(
       "gru_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor input, Tensor hx, Tensor[] params, bool has_biases, "
-      "int num_layers, bool bidirectional, Tensor? dropout_masks, Tensor output, Tensor reserve, "
-      "bool[] needs) -> Tensor[]");
+      "int num_layers, bool bidirectional, Tensor? dropout_masks, Tensor output, Tensor reserve, bool[] needs, "
+      "Tensor? keep=None) -> Tensor[]");
   m.def(
       "gru_packed_forward(Tensor data, Tensor batch_sizes, Tensor hx, Tensor[] params, bool has_biases, int num_layers, "
       "bool bidirectional, Tensor? dropout_masks, bool save, *, bool recompute=False) -> (Tensor, Tensor, Tensor)");

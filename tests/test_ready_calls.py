@@ -80,7 +80,7 @@ def ways(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(ready_launches, "of", ready_of)
     monkeypatch.setattr(torch_path, "gru_forward", ordinary)
-    monkeypatch.setitem(dispatch._on_cuda, "gru_forward", lambda *args, **_: ordinary(GRUCall(*args[:-1]), args[-1]))
+    monkeypatch.setitem(dispatch._on_cuda, "gru_forward", lambda *args, **_: ordinary(GRUCall(*args[:7], *args[8:]), args[7]))
     ready_calls.forget()
     with torch.no_grad():
         yield ways
@@ -95,6 +95,15 @@ def check(ways, args, expected_way):
     way, results = ways.of(lambda: ops.gru(*args))
     assert way == expected_way
     assert_same(results, torch.gru(*args), 1e-6)
+
+
+def test_resets_take_the_ordinary_way(ways):
+    args = gru_args(requires_grad=False)
+    resets = torch.zeros(5, 3, dtype=torch.bool)
+    for _ in range(2):
+        way, results = ways.of(lambda: ops.gru(*args, resets=resets))
+        assert way == ORDINARY
+        assert_same(results, torch.gru(*args), 1e-6)
 
 
 def test_a_second_call_is_ready(ways, monkeypatch):
@@ -777,7 +786,7 @@ def test_launches_of_training(launches_on_cpu, monkeypatch, plan, variant):
         if plan.whole.kernel == RESIDENT:  # whose backward of a stack is not planned
             continue
         found = training.backward(call, *grads, output, reserve, needs)
-        _, wanted = reference(*call, grads)
+        _, wanted = reference(*call[:7], grads)
         assert_same(found, wanted, 4e-3)
     assert training.forward(x, misaligned(hx), params) is None
     output, h_n, reserve = ready_launches.of(call, batch_first=False, save=True)(x, hx, params)  # as `gru_forward` makes it

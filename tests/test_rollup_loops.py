@@ -414,14 +414,6 @@ def changes_the_state(m, x):
     return h
 
 
-def resets(m, x):
-    h = zeros(x)
-    done = (x[..., 0] > 0).double()
-    for t in range(len(x)):
-        h = m.cell(x[t], h * (1 - done[t])[:, None])
-    return h
-
-
 def detaches(m, x):
     h = zeros(x)
     for step in x:
@@ -474,7 +466,6 @@ STAY = {
     "two cells feed each other": (feeds_itself_in_layers, ""),
     "attention": (attends, "its input at a step depends on the hidden state of the step before"),
     "h is changed": (changes_the_state, "the hidden state is changed between two steps (by mul)"),
-    "h is reset": (resets, "the hidden state is changed between two steps (by mul"),
     "h is detached": (detaches, "the hidden state is changed between two steps (by detach)"),
     "h is changed in place": (changes_the_state_in_place, "changed in place between the steps"),
     "other weights each step": (other_weights_each_step, "the weights differ from those of the step before"),

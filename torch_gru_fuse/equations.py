@@ -22,6 +22,10 @@ The four gate gradients are kept side by side in the order (hn, r, z, n), here a
 the gradient of the whole input projection and the first three that of the hidden projection, its gates rotated to
 (n, r, z): each is one strided matrix, and no gate gradient is stored twice.
 
+A state may be reset between steps: with ``keep`` [T, B] the state h before step t (before it in the order in which a direction
+runs) is ``kept(h, keep[t])`` in all of the above, a sequence that goes on where keep is 1 and starts anew where it is 0.  The
+gradient that leaves a step goes the same way.
+
 Functions take any floating dtype.  They are the float64 reference of the tests and the backward of the ops on a CPU, so the
 backward of a layer does only the unavoidable inside its loop over time: one matrix product and three pointwise operations.
 
@@ -43,6 +47,7 @@ __all__ = [
     "gru_layer_gradients",
     "gru_layer_saving",
     "gru_layer_tangents",
+    "kept",
 ]
 
 
@@ -59,6 +64,26 @@ def _gate_derivatives(r: Tensor, z: Tensor, n: Tensor, hn: Tensor, h: Tensor) ->
     """d(pre-activation)/dh', elementwise, [..., 4, H] in the order (hn, r, z, n)."""
     d_n = (1 - z) * (1 - n * n)
     return torch.stack((d_n * r, d_n * hn * r * (1 - r), (h - n) * z * (1 - z), d_n), -2)
+
+
+def kept(h: Tensor, keep: Tensor | None) -> Tensor:
+    """A state, or its gradient or tangent, [..., H] after a reset: h * keep for each row, keep [...] of the dtype of h.
+
+    A bool keep selects: where it is False the result is zero whatever h holds, NaN included.  None: there is no reset.
+    """
+    if keep is None:
+        return h
+    keep = keep.unsqueeze(-1)
+    return torch.where(keep, h, 0) if keep.dtype == torch.bool else h * keep
+
+
+def _keep_of_steps(keep: Tensor | None, steps: int) -> Sequence[Tensor | None]:
+    return [None] * steps if keep is None else keep.unbind(0)
+
+
+def _states_before(h0: Tensor, out: Tensor, keep: Tensor | None, reverse: bool) -> Tensor:
+    """The state [T, B, H] that every step starts from."""
+    return kept(torch.cat((out[1:], h0[None])) if reverse else torch.cat((h0[None], out[:-1])), keep)
 
 
 def _rotate(w_hh: Tensor) -> Tensor:
@@ -120,6 +145,8 @@ def gru_layer(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
     reverse: bool = False,
+    *,
+    keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One direction of one layer over x [T, B, I] from h0 [B, H]: (out [T, B, H], h_n [B, H]).
 
@@ -128,8 +155,10 @@ def gru_layer(
     steps = x.shape[0]
     gi = linear(x, w_ih, b_ih)
     out = [h0] * steps
+    keep = _keep_of_steps(keep, steps)
     h = h0
     for t in reversed(range(steps)) if reverse else range(steps):
+        h = kept(h, keep[t])
         _, z, n, _ = _gates(gi[t], linear(h, w_hh, b_hh))
         out[t] = h = n + z * (h - n)
     return torch.stack(out), h
@@ -145,6 +174,8 @@ def gru_layer_saving(
     out: Tensor,
     gates: Tensor,
     reverse: bool = False,
+    *,
+    keep: Tensor | None = None,
 ) -> None:
     """:func:`gru_layer` for training: fills out [T, B, H] and gates [T, B, 4, H] = (r, z, n, hn), what the backward needs.
 
@@ -154,8 +185,10 @@ def gru_layer_saving(
     gi = linear(x, w_ih, b_ih)
     w_hh = w_hh.t()
     steps = range(x.shape[0])
+    keep = _keep_of_steps(keep, x.shape[0])
     h = h0
     for t in reversed(steps) if reverse else steps:
+        h = kept(h, keep[t])
         gh = h @ w_hh if b_hh is None else torch.addmm(b_hh, h, w_hh)
         r, z, n, hn = gates[t].unbind(1)
         torch.add(gi[t, :, : 2 * hidden], gh[:, : 2 * hidden], out=gates[t, :, :2].flatten(1)).sigmoid_()
@@ -178,6 +211,7 @@ def gru_layer_backward(
     *,
     gates: Tensor | None = None,
     needs: Sequence[bool] = (True,) * 6,
+    keep: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """(dx, dh0, dw_ih, dw_hh, db_ih, db_hh) of :func:`gru_layer`, for T >= 1.
 
@@ -190,13 +224,14 @@ def gru_layer_backward(
     matrix product, or one sum, over all steps.
     """
     steps, batch, hidden = out.shape
-    h_before = torch.cat((out[1:], h0[None])) if reverse else torch.cat((h0[None], out[:-1]))
+    h_before = _states_before(h0, out, keep, reverse)
     if gates is None:
         r, z, n, hn = _gates(linear(x, w_ih, b_ih), linear(h_before, w_hh, b_hh))
     else:
         r, z, n, hn = gates.unbind(2)
     d_gates = _gate_derivatives(r, z, n, hn, h_before)  # [T, B, 4, H], made gate gradients step by step
     w_rotated = _rotate(w_hh)
+    keep = _keep_of_steps(keep, steps)
 
     g = torch.zeros_like(h0) if grad_hn is None else grad_hn.clone()
     for t in range(steps) if reverse else reversed(range(steps)):
@@ -205,6 +240,7 @@ def gru_layer_backward(
         d_gates[t] *= g.unsqueeze(1)
         g *= z[t]
         g.addmm_(d_gates[t].view(batch, 4 * hidden)[:, : 3 * hidden], w_rotated)
+        g = kept(g, keep[t])
 
     wanted = (needs[0], needs[2], needs[3], needs[4] and b_ih is not None, needs[5] and b_hh is not None)
     dx, *weights = _parameter_gradients(
@@ -226,14 +262,16 @@ def gru_layer_gradients(
     reverse: bool = False,
     *,
     needs: Sequence[bool] = (True,) * 6,
+    keep: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """:func:`gru_layer_backward` for derivatives of any order: nothing is written in place.
 
     ``out`` has to come as a function of the other arguments, with its own derivatives: it is no variable of its own.
     """
     steps, batch, hidden = out.shape
-    h_before, z, derivatives = _derivatives(x, h0, out, w_ih, w_hh, b_ih, b_hh, reverse)
+    h_before, z, derivatives = _derivatives(x, h0, out, w_ih, w_hh, b_ih, b_hh, reverse, keep)
     w_rotated = _rotate(w_hh)
+    keep = _keep_of_steps(keep, steps)
 
     # unbind: the gradient of a step picked by an index would be as large as all steps
     arriving = None if grad_out is None else grad_out.unbind(0)
@@ -244,7 +282,7 @@ def gru_layer_gradients(
         if arriving is not None:
             g = g + arriving[t]
         d_gates[t] = (derivatives[t] * g.unsqueeze(1)).reshape(batch, 4 * hidden)
-        g = torch.addmm(g * z[t], d_gates[t][:, : 3 * hidden], w_rotated)
+        g = kept(torch.addmm(g * z[t], d_gates[t][:, : 3 * hidden], w_rotated), keep[t])
 
     wanted = (needs[0], needs[2], needs[3], needs[4] and b_ih is not None, needs[5] and b_hh is not None)
     dx, *weights = _parameter_gradients(torch.cat(d_gates), x.flatten(0, 1), h_before.flatten(0, 1), w_ih, wanted)
@@ -261,6 +299,8 @@ def gru_layer_tangents(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
     reverse: bool = False,
+    *,
+    keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """How (out, h_n) of :func:`gru_layer` move with its arguments: their tangents [T, B, H] and [B, H].
 
@@ -274,7 +314,7 @@ def gru_layer_tangents(
     """
     dx, dh, dw_ih, dw_hh, db_ih, db_hh = tangents
     steps, batch, hidden = out.shape
-    h_before, z, derivatives = _derivatives(x, h0, out, w_ih, w_hh, b_ih, b_hh, reverse)
+    h_before, z, derivatives = _derivatives(x, h0, out, w_ih, w_hh, b_ih, b_hh, reverse, keep)
     by_input, by_hidden = derivatives[..., 1:, :], derivatives[..., :3, :]
     moved = torch.zeros_like(out)  # the part of dh' that does not come from dh
     for derivative, projection in (
@@ -290,18 +330,21 @@ def gru_layer_tangents(
     w_rotated = _rotate(w_hh)
     dh = torch.zeros_like(h0) if dh is None else dh
     moved, z, by_hidden = moved.unbind(0), z.unbind(0), by_hidden.unbind(0)
+    keep = _keep_of_steps(keep, steps)
     d_out = [dh] * steps
     for t in reversed(range(steps)) if reverse else range(steps):
+        dh = kept(dh, keep[t])
         from_state = (by_hidden[t] * linear(dh, w_rotated).reshape(batch, 3, hidden)).sum(-2)
         d_out[t] = dh = torch.addcmul(moved[t] + from_state, z[t], dh)
     return torch.stack(d_out), dh
 
 
 def _derivatives(
-    x: Tensor, h0: Tensor, out: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, reverse: bool
+    x: Tensor, h0: Tensor, out: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, reverse: bool,
+    keep: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of all steps at once: the state before [T, B, H], z [T, B, H] and the derivatives of the gates [T, B, 4, H]."""
-    h_before = torch.cat((out[1:], h0[None])) if reverse else torch.cat((h0[None], out[:-1]))
+    h_before = _states_before(h0, out, keep, reverse)
     r, z, n, hn = _gates(linear(x, w_ih, b_ih), linear(h_before, w_hh, b_hh))
     return h_before, z, _gate_derivatives(r, z, n, hn, h_before)
 
@@ -314,6 +357,7 @@ def gru(
     num_layers: int,
     bidirectional: bool,
     dropout_masks: Tensor | None = None,
+    keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The stack of ``torch.gru``, time-major: x [T, B, I], hx [L*D, B, H] -> (output [T, B, D*H], h_n [L*D, B, H]).
 
@@ -327,7 +371,9 @@ def gru(
         outs = []
         for direction in range(directions):
             i = layer * directions + direction
-            out, final = gru_layer(x, hx[i], *_quartet(params[i * count : (i + 1) * count]), reverse=direction == 1)
+            out, final = gru_layer(
+                x, hx[i], *_quartet(params[i * count : (i + 1) * count]), reverse=direction == 1, keep=keep
+            )
             outs.append(out)
             finals.append(final)
         x = torch.cat(outs, -1)

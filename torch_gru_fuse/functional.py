@@ -29,6 +29,8 @@ def gru(
     batch_first: bool,
     *,
     recompute: bool = False,
+    resets: Tensor | None = None,
+    keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""A multi-layer GRU over a sequence; drop-in for `torch.gru`.
 
@@ -43,6 +45,9 @@ def gru(
 
     T time steps, B batch, I input features, H hidden units, L layers, D directions.
 
+    With `resets` :math:`h_{t-1}` is :math:`(1 - \text{resets}_t) \odot h_{t-1}` throughout, in all layers and directions
+    (of the direction backward in time, too, :math:`h_{t-1}` is the state that step t starts from): a 1 starts a new episode.
+
     Args:
         input: [T, B, I], or [B, T, I] with `batch_first`; T at least 1.
         hx: initial hidden state [L*D, B, H].
@@ -56,6 +61,9 @@ def gru(
         bidirectional: D = 2 instead of 1.
         batch_first: layout of `input` and output.
         recompute: with gradients, keep nothing but the results; the backward then runs the forward again.
+        resets: [T, B] (or [B, T] with `batch_first`), bool or of the dtype of `input`.  A constant: it has no gradient.  With
+            bool a reset state is zero whatever it was, NaN included; other dtypes multiply.
+        keep: 1 - resets, in the place of `resets` where that is what is at hand, as masks that are 0 where an episode ends.
 
     Returns:
         output [T, B, D*H] (or [B, T, D*H]), the last layer's hidden state at every step, and
@@ -72,8 +80,9 @@ def gru(
     variant of `torch.nn.GRU`, where the reset gate acts after the product with W_hn.
     """
     return ops.gru.default(
-        input, hx, list(params), has_biases, num_layers, dropout, train, bidirectional, batch_first, recompute=recompute
-    )
+        input, hx, list(params), has_biases, num_layers, dropout, train, bidirectional, batch_first, recompute=recompute,
+        resets=resets, keep=keep,
+    )  # fmt: skip
 
 
 def gru_packed(

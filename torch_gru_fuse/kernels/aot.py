@@ -41,7 +41,10 @@ if TYPE_CHECKING:
     from ..planner.tiles import Tile
     from ..planner.whole_sequence import WholeSequencePlan
 
-_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"}
+_TYPES = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int32: "*i32",
+    torch.int64: "*i64",
+}  # fmt: skip
 _TOOLS = Path(nvidia.__file__).parent / "bin"
 
 
@@ -182,10 +185,11 @@ def compile_sequence_forward(
     bias: bool = True,
     save_gates: bool = True,
     gi_dtype: torch.dtype | None = None,
+    keep: torch.dtype | None = None,
     tf32: bool = True,
     capability: int = 89,
 ) -> Resources:
-    """`sequence_forward`; gi in the same dtype unless told otherwise."""
+    """`sequence_forward`; gi in the same dtype unless told otherwise; with resets if ``keep`` is their dtype."""
     new = functools.partial(torch.empty, dtype=dtype, device="meta")
     steps, batch = 2, tile.block_b
     b = [new(3 * hidden)] * directions if bias else None
@@ -193,7 +197,7 @@ def compile_sequence_forward(
         new(directions, steps, batch, 3 * hidden, dtype=gi_dtype or dtype), new(directions, batch, hidden),
         [new(3 * hidden, hidden)] * directions, b, b,
         new(steps, batch, directions * hidden), new(directions, steps, batch, 4, hidden) if save_gates else None,
-        tile=tile, tf32=tf32,
+        tile=tile, tf32=tf32, keep=None if keep is None else new(steps, batch, dtype=keep),
     )  # fmt: skip
     return compile_launch(step.sequence_forward_kernel, arguments, capability=capability)
 
@@ -205,17 +209,18 @@ def compile_sequence_backward(
     hidden: int,
     directions: int = 1,
     grad_out: bool = True,
+    keep: torch.dtype | None = None,
     tf32: bool = True,
     capability: int = 89,
 ) -> Resources:
-    """`sequence_backward`."""
+    """`sequence_backward`; with resets if ``keep`` is their dtype."""
     new = functools.partial(torch.empty, dtype=dtype, device="meta")
     steps, batch = 2, tile.block_b
     state, out = new(directions, batch, hidden), new(steps, batch, directions * hidden)
     gates = new(directions, steps, batch, 4, hidden)
     _, arguments = step.sequence_backward_launch(
         out if grad_out else None, state, out, state, [new(3 * hidden, hidden)] * directions, gates, gates, state,
-        tile=tile, tf32=tf32,
+        tile=tile, tf32=tf32, keep=None if keep is None else new(steps, batch, dtype=keep),
     )  # fmt: skip
     return compile_launch(step.sequence_backward_kernel, arguments, capability=capability)
 

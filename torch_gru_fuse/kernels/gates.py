@@ -80,6 +80,18 @@ def gru_gates_backward(b_g, b_h, b_r, b_z, b_n, b_hn):
 
 
 @triton.jit
+def keep_rows(b_x, b_keep):
+    """What a reset leaves of a state, of a product with it or of its gradient [batch, units]: x * keep, keep [batch].
+
+    uint8 is a bool, which selects: where it is 0 the result is zero whatever x holds.
+    """
+    if b_keep.dtype == tl.uint8:
+        return tl.where((b_keep != 0)[:, None], b_x, 0.0)
+    else:
+        return b_x * b_keep.to(tl.float32)[:, None]
+
+
+@triton.jit
 def round_tf32(b_x):
     """fp32 to the nearest tf32 (10 bits of mantissa), ties away from zero, as ``cvt.rna.tf32.f32`` does.
 

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .gates import dot, gru_gates, gru_gates_backward, project, round_tf32
+from .gates import dot, gru_gates, gru_gates_backward, keep_rows, project, round_tf32
 from .launch import launch, start
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def transpose_kernel(p_x, p_y, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROUND:
 
 @triton.jit(do_not_specialize=["s", "T", "B"])
 def sequence_forward_kernel(
-    p_gi, p_h, p_w_hh0, p_w_hh1, p_b_ih0, p_b_ih1, p_b_hh0, p_b_hh1,
+    p_gi, p_h, p_w_hh0, p_w_hh1, p_b_ih0, p_b_ih1, p_b_hh0, p_b_hh1, p_keep,
     p_out, p_gates,
     s, T, B,
     D: tl.constexpr, H: tl.constexpr,
@@ -66,7 +66,8 @@ def sequence_forward_kernel(
         n     = tanh(gi_t + b_in + r * hn)
         out_t = n + z * (h - n)
 
-    h is the state of the step before: out itself, or, at s = 0, the initial state, laid out like one step of out.
+    h is the state of the step before: out itself, or, at s = 0, the initial state, laid out like one step of out.  With keep
+    [T, B] it is multiplied by keep_t; of h W^T each row is, after the product.
     If TF32, W_hh comes rounded (W_ROUNDED): T launches read what one has made; or it is rounded on the way.
     Every other step walks k from its end: what a step has read last is what L2 still holds for the next.  So weights that are
     larger than L2 come from memory only in part (H=4096, B=16, H200: fp16 1.79 and 1.59 ms for 64 steps, tf32 3.47 and 3.21).
@@ -98,11 +99,18 @@ def sequence_forward_kernel(
     r_d = ((i_d * T + t).to(tl.int64) * B + o_b)[:, None]  # the same in [D, T, B]
     p_h += i_d * H
 
+    b_hn = tl.full((BLOCK_B, BLOCK_U), 0.0, tl.float32)
+    if p_keep is not None:
+        b_keep = tl.load(p_keep + t.to(tl.int64) * B + o_b, m_b, 0)
+        b_hr, b_hz, b_hn = project(
+            b_hn, b_hn, b_hn, p_h, p_w, r_h, o_u, m_b, m_u, D * H, 1, H, 1, H, H, BLOCK_K, TF32, W_ROUNDED,
+            s % 2,
+        )  # fmt: skip
+        b_hr, b_hz, b_hn = keep_rows(b_hr, b_keep), keep_rows(b_hz, b_keep), keep_rows(b_hn, b_keep)
     p_g = p_gi + r_d * (3 * H) + o_u[None, :]
     b_ar = tl.load(p_g, m, 0.0).to(tl.float32)
     b_az = tl.load(p_g + H, m, 0.0).to(tl.float32)
     b_anx = tl.load(p_g + 2 * H, m, 0.0).to(tl.float32)
-    b_hn = tl.full((BLOCK_B, BLOCK_U), 0.0, tl.float32)
     if HAS_B_IH:
         b_ar += tl.load(p_b_ih + o_u, m_u, 0.0).to(tl.float32)[None, :]
         b_az += tl.load(p_b_ih + o_u + H, m_u, 0.0).to(tl.float32)[None, :]
@@ -113,10 +121,15 @@ def sequence_forward_kernel(
         b_hn += tl.load(p_b_hh + o_u + 2 * H, m_u, 0.0).to(tl.float32)[None, :]
     b_h = tl.load(p_h + r_h[:, None] * (D * H) + o_u[None, :], m, 0.0).to(tl.float32)
 
-    b_ar, b_az, b_hn = project(
-        b_ar, b_az, b_hn, p_h, p_w, r_h, o_u, m_b, m_u, D * H, 1, H, 1, H, H, BLOCK_K, TF32, W_ROUNDED,
-        s % 2,
-    )  # fmt: skip
+    if p_keep is not None:
+        b_ar += b_hr
+        b_az += b_hz
+        b_h = keep_rows(b_h, b_keep)
+    else:
+        b_ar, b_az, b_hn = project(
+            b_ar, b_az, b_hn, p_h, p_w, r_h, o_u, m_b, m_u, D * H, 1, H, 1, H, H, BLOCK_K, TF32, W_ROUNDED,
+            s % 2,
+        )  # fmt: skip
     b_out, b_r, b_z, b_n = gru_gates(b_ar, b_az, b_anx, b_hn, b_h)
 
     tl.store(p_out + r_out * (D * H) + i_d * H + o_u[None, :], b_out, m)
@@ -130,7 +143,7 @@ def sequence_forward_kernel(
 
 @triton.jit(do_not_specialize=["s", "T", "B"])
 def sequence_backward_kernel(
-    p_grad_out, p_h, p_w_hh0, p_w_hh1, p_gates,
+    p_grad_out, p_h, p_w_hh0, p_w_hh1, p_gates, p_keep,
     p_d_gates, p_carry, p_d_h0,
     s, T, B,
     D: tl.constexpr, H: tl.constexpr,
@@ -146,6 +159,7 @@ def sequence_backward_kernel(
         d_z  = g * (h - n) * z * (1 - z)
         carry = g * z
 
+    With keep [T, B] the first two terms of g are multiplied by keep_after, and h by keep_t.
     W_hh comes [3H, H], or TRANSPOSED; if TF32, rounded.
     "after" is the step that the forward did next; at s = 0 there is none and carry is the gradient of the last state.
     Launch s = T writes the g of "before the first step", without a grad_out: the gradient of h0.
@@ -186,6 +200,8 @@ def sequence_backward_kernel(
                 p_kw = p_w + o_w[:, None] * H + o_u[None, :]
             b_w = tl.load(p_kw, m_k[:, None] & m_u[None, :], 0.0)
             b_g = dot(b_d, b_w, b_g, TF32, True)
+        if p_keep is not None:
+            b_g = keep_rows(b_g, tl.load(p_keep + t_after.to(tl.int64) * B + o_b, m_b, 0))
 
     if s == T:
         tl.store(p_d_h0 + o_state, b_g, m)
@@ -196,6 +212,8 @@ def sequence_backward_kernel(
         if HAS_GRAD_OUT:
             b_g += tl.load(p_grad_out + r_out * (D * H) + i_d * H + o_u[None, :], m, 0.0).to(tl.float32)
         b_h = tl.load(p_h + r_h * (D * H) + i_d * H + o_u[None, :], m, 0.0).to(tl.float32)
+        if p_keep is not None:
+            b_h = keep_rows(b_h, tl.load(p_keep + t.to(tl.int64) * B + o_b, m_b, 0))
         p_g = p_gates + r_d * (4 * H) + o_u[None, :]
         b_r = tl.load(p_g, m, 0.0).to(tl.float32)
         b_z = tl.load(p_g + H, m, 0.0).to(tl.float32)
@@ -212,7 +230,15 @@ def sequence_backward_kernel(
         tl.store(p_carry + o_state, b_carry, m)
 
 
-def sequence_forward_launch(gi, h0, w_hh, b_ih, b_hh, out, gates, *, tile: Tile, tf32: bool):
+def _bytes_of_bool(keep: Tensor | None, steps: int, batch: int) -> Tensor | None:
+    """keep [T, B] as the kernels take it."""
+    if keep is None:
+        return None
+    assert keep.shape == (steps, batch)
+    return keep.contiguous().view(torch.uint8) if keep.dtype == torch.bool else keep.contiguous()
+
+
+def sequence_forward_launch(gi, h0, w_hh, b_ih, b_hh, out, gates, *, tile: Tile, tf32: bool, keep: Tensor | None = None):
     """Grid and keyword arguments of `sequence_forward_kernel` at step 0."""
     D, T, B, H = (*gi.shape[:3], h0.shape[2])
     assert gi.shape == (D, T, B, 3 * H) and h0.shape == (D, B, H) and out.shape == (T, B, D * H)
@@ -226,6 +252,7 @@ def sequence_forward_launch(gi, h0, w_hh, b_ih, b_hh, out, gates, *, tile: Tile,
         p_b_ih1=None if b_ih is None else b_ih[last].contiguous(),
         p_b_hh0=None if b_hh is None else b_hh[first].contiguous(),
         p_b_hh1=None if b_hh is None else b_hh[last].contiguous(),
+        p_keep=_bytes_of_bool(keep, T, B),
         p_out=out, p_gates=gates,
         s=0, T=T, B=B,
         D=D, H=H,
@@ -242,7 +269,9 @@ def sequence_forward_launch(gi, h0, w_hh, b_ih, b_hh, out, gates, *, tile: Tile,
 _FROM_MEMORY = 2048
 
 
-def sequence_backward_launch(grad_out, grad_hn, out, h0, w_hh, gates, d_gates, d_h0, *, tile: Tile, tf32: bool):
+def sequence_backward_launch(
+    grad_out, grad_hn, out, h0, w_hh, gates, d_gates, d_h0, *, tile: Tile, tf32: bool, keep: Tensor | None = None
+):
     """Grid and keyword arguments of `sequence_backward_kernel` at step 0."""
     D, T, B, _, H = gates.shape
     assert out.shape == (T, B, D * H) and h0.shape == d_h0.shape == (D, B, H) and d_gates.shape == gates.shape
@@ -256,6 +285,7 @@ def sequence_backward_launch(grad_out, grad_hn, out, h0, w_hh, gates, d_gates, d
     arguments = dict(
         p_grad_out=None if grad_out is None else grad_out.contiguous(), p_h=out,
         p_w_hh0=w_hh[0].contiguous(), p_w_hh1=w_hh[D - 1].contiguous(), p_gates=gates,
+        p_keep=_bytes_of_bool(keep, T, B),
         p_d_gates=d_gates, p_carry=carry, p_d_h0=d_h0,
         s=0, T=T, B=B,
         D=D, H=H,
@@ -319,15 +349,17 @@ def sequence_forward(
     *,
     tile: Tile,
     tf32: bool,
+    keep: Tensor | None = None,
 ) -> None:
     """Fills out [T, B, D*H] and, if given, gates [D, T, B, 4, H] = (r, z, n, hn), T >= 1.
 
     gi [D, T, B, 3H]: input projection without bias, in the dtype of the rest or float32; h0 [D, B, H]; w_hh, b_ih, b_hh:
-    one tensor [3H, H], [3H], [3H] a direction.  The outputs are contiguous; other tensors that are not are copied once.
+    one tensor [3H, H], [3H], [3H] a direction; keep [T, B], bool or in the dtype of the rest, multiplies the state before each
+    step.  The outputs are contiguous; other tensors that are not are copied once.
     """
     if tf32 and out.dtype == torch.float32 and h0.shape[2] < _FROM_MEMORY:
         w_hh = _rounded(w_hh)
-    grid, arguments = sequence_forward_launch(gi, h0, w_hh, b_ih, b_hh, out, gates, tile=tile, tf32=tf32)
+    grid, arguments = sequence_forward_launch(gi, h0, w_hh, b_ih, b_hh, out, gates, tile=tile, tf32=tf32, keep=keep)
     _launch_steps(sequence_forward_kernel, grid, arguments, range(1))
     arguments["p_h"] = out
     _launch_steps(sequence_forward_kernel, grid, arguments, range(1, gi.shape[1]))
@@ -345,10 +377,11 @@ def sequence_backward(
     *,
     tile: Tile,
     tf32: bool,
+    keep: Tensor | None = None,
 ) -> None:
     """Fills d_gates [D, T, B, 4, H] = gradients of (hn, r, z, n) and d_h0 [D, B, H], T >= 1.
 
-    grad_out [T, B, D*H] and grad_hn [D, B, H] may be None (zero); out and gates are those of :func:`sequence_forward`.
+    grad_out [T, B, D*H] and grad_hn [D, B, H] may be None (zero); out, gates and keep are those of :func:`sequence_forward`.
     ``d_gates[d].view(T, B, 4*H)`` then holds the gradient of the input projection in its last 3H columns, and that of
     the hidden projection in its first, gates rotated to (n, r, z); the products with them are left to the caller.
     """
@@ -358,7 +391,7 @@ def sequence_backward(
     elif tf32:
         w_hh = _rounded(w_hh)
     grid, arguments = sequence_backward_launch(
-        grad_out, grad_hn, out, h0, w_hh, gates, d_gates, d_h0, tile=tile, tf32=tf32
+        grad_out, grad_hn, out, h0, w_hh, gates, d_gates, d_h0, tile=tile, tf32=tf32, keep=keep
     )
     steps = out.shape[0]
     _launch_steps(sequence_backward_kernel, grid, arguments, range(steps - 1))

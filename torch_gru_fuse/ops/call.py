@@ -71,10 +71,11 @@ class _GRUFields(NamedTuple):
     num_layers: int
     bidirectional: bool
     dropout_masks: Tensor | None  # [L-1, T, B, D*H]
+    keep: Tensor | None = None  # [T, B]
 
 
 class GRUCall(_GRUFields, _Layers):
-    """What `gru_forward` and `gru_backward` have in common: time-major input, parameters and masks."""
+    """What `gru_forward` and `gru_backward` have in common: time-major input, parameters, masks and resets."""
 
     __slots__ = ()
 

@@ -118,6 +118,21 @@ def check_gru(
         _fail(op, f"hx has batch size {h_batch}, but input has {batch} (size {tuple(x_size)}, {layout})")
 
 
+def check_resets(name: str, tensor: Tensor, input: Tensor, batch_first: bool) -> None:
+    """`resets` or `keep` of a call whose input has been checked."""
+    op = "gru"
+    layout = "[B, T]" if batch_first else "[T, B]"
+    expected = tuple(input.shape[:2])
+    if tensor.dim() != 2 or tuple(tensor.shape) != expected:
+        _fail(op, f"{name} has size {tuple(tensor.shape)}, expected {layout} = {expected}, one element for each step of each "
+                  "sequence")  # fmt: skip
+    if tensor.dtype not in (torch.bool, input.dtype):
+        _fail(op, f"{name} has dtype {tensor.dtype}, expected bool or {input.dtype}, that of input; use {name}.bool() or "
+                  f"{name}.to(input.dtype)")  # fmt: skip
+    if tensor.device != input.device:
+        _fail(op, f"{name} is on {tensor.device}, but input is on {input.device}; move them to one device")
+
+
 def _check_lengths(op: str, name: str, tensor: Tensor, what: str) -> None:
     """A vector of int64 on the CPU: of lengths, or of batch sizes."""
     if tensor.dim() != 1:

@@ -47,7 +47,13 @@ def _layers(
 
 def gru_gradients(call: GRUCall, grad_output: Tensor | None, grad_h_n: Tensor | None, needs: Sequence[bool]) -> list[Tensor]:
     """`gru_backward` as a function of the gradients that arrive and of the call: those of `call.tensors` that are needed."""
-    return _gradients(call, ops.gru_forward.default, equations.gru_layer_gradients, grad_output, grad_h_n, needs)
+    gradients = functools.partial(equations.gru_layer_gradients, keep=call.keep)
+    return _gradients(call, _forward_of(call), gradients, grad_output, grad_h_n, needs)
+
+
+def _forward_of(call: GRUCall) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """`gru_forward` with the resets of a call."""
+    return ops.gru_forward.default if call.keep is None else lambda *args: ops.gru_forward.default(*args, call.keep)
 
 
 def _gradients(
@@ -89,7 +95,7 @@ def _gradients(
 def gru_tangents(call: GRUCall, tangents: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
     """Tangents of output and h_n for those of `call.tensors`; None is zero."""
     with torch_hooks.below_any_autocast():
-        wide, layers = _layers(call, ops.gru_forward.default)
+        wide, layers = _layers(call, _forward_of(call))
         dx, dhx, *d_params = map(_wide, tangents)
         finals = []
         for layer, (x, out) in enumerate(layers):
@@ -98,8 +104,9 @@ def gru_tangents(call: GRUCall, tangents: Sequence[Tensor | None]) -> tuple[Tens
                 state = layer * call.D + d
                 arriving = (dx, None if dhx is None else dhx[state], *d_params[call.places(state)], None, None)[:6]
                 d_out, d_final = equations.gru_layer_tangents(
-                    arriving, x, wide.hx[state], out.narrow(-1, d * call.H, call.H), *wide.parameters(state), reverse=d == 1
-                )
+                    arriving, x, wide.hx[state], out.narrow(-1, d * call.H, call.H), *wide.parameters(state), reverse=d == 1,
+                    keep=call.keep,
+                )  # fmt: skip
                 d_outs.append(d_out)
                 finals.append(d_final)
             dx = torch.cat(d_outs, -1)

@@ -33,13 +33,17 @@ def _cuda() -> ModuleType:
 def _implement(device_type: str, path) -> None:
     """Register the functions of the module `path()` for one device type."""
 
-    def gru_forward(*args, recompute=False):
-        *call, save = args
-        return path().gru_forward(GRUCall(*call), save)
+    def gru_forward(
+        input, hx, params, has_biases, num_layers, bidirectional, dropout_masks, save, keep=None, *, recompute=False
+    ):  # fmt: skip
+        call = GRUCall(input, hx, params, has_biases, num_layers, bidirectional, dropout_masks, keep)
+        return path().gru_forward(call, save)
 
-    def gru_backward(grad_output, grad_h_n, *args):
-        *call, output, reserve, needs = args
-        call = GRUCall(*call)
+    def gru_backward(
+        grad_output, grad_h_n, input, hx, params, has_biases, num_layers, bidirectional, dropout_masks, output, reserve, needs,
+        keep=None,
+    ):  # fmt: skip
+        call = GRUCall(input, hx, params, has_biases, num_layers, bidirectional, dropout_masks, keep)
         if not reserve.numel():  # nothing was saved
             _, _, reserve = path().gru_forward(call, True)
         return path().gru_backward(call, grad_output, grad_h_n, output, reserve, needs)

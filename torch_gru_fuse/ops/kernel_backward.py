@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
-from torch_gru_fuse import torch_hooks
+from torch_gru_fuse import equations, torch_hooks
 from torch_gru_fuse.kernels import launch
 from torch_gru_fuse.kernels import parameter_gradients as parameters
 from torch_gru_fuse.kernels.step import sequence_backward
@@ -100,7 +100,7 @@ def _step_gate_gradients(
     states = call.states(layer)
     sequence_backward(
         grad, None if grad_h_n is None else grad_h_n[states], out, call.hx[states], call.layer_parameters(layer)[1],
-        gates[layer], d_gates[layer], grad_hx[states], tile=plan.backward_tile, tf32=plan.tf32,
+        gates[layer], d_gates[layer], grad_hx[states], tile=plan.backward_tile, tf32=plan.tf32, keep=call.keep,
     )  # fmt: skip
 
 
@@ -140,8 +140,10 @@ def _weight_gradients(
         before = states[1:] if d else states[:-1]  # but for the first step, before which there is h0
         grad = h0.new_empty(3 * H, H)
         grad_params[place + 1] = grad
-        if T * B <= 3 * H:  # copying the states is cheaper than going over the result twice more
-            before = torch.cat((before, h0[None]) if d else (h0[None], before)).view(T * B, H)
+        # Copying the states is cheaper than going over the result twice more; with resets they are changed anyway.
+        if T * B <= 3 * H or call.keep is not None:
+            before = torch.cat((before, h0[None]) if d else (h0[None], before))
+            before = equations.kept(before, call.keep).view(T * B, H)
             torch.mm(d_hidden[H:], before, out=grad[: 2 * H])
             torch.mm(d_hidden[:H], before, out=grad[2 * H :])
             continue

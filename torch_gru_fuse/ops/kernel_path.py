@@ -93,7 +93,7 @@ def _key(call: GRUCall, training: bool) -> tuple:
     tf32_allowed = x.dtype == torch.float32 and torch_hooks.rnn_allows_tf32()
     return (
         x.shape, call.hx.shape, x.dtype, x.get_device(), call.bidirectional, training, tf32_allowed, torch_hooks.cudnn_runs(x),
-        call.dropout_masks is not None, choice(), os.environ.get("TORCH_GRU_FUSE_GPU"),
+        call.dropout_masks is not None, call.keep is not None, choice(), os.environ.get("TORCH_GRU_FUSE_GPU"),
     )  # fmt: skip
 
 
@@ -101,11 +101,12 @@ def _planned(call: GRUCall, key: tuple, training: bool, captured: bool) -> Plan:
     plan = _plans.get((key, captured))
     if plan is None:
         x = call.input
-        _, _, dtype, device, _, _, tf32_allowed, cudnn, dropout, *_ = key
+        _, _, dtype, device, _, _, tf32_allowed, cudnn, dropout, resets, *_ = key
         unsupported = why_not_kernels(x)
         plan = plan_gru(
             *x.shape, call.H, call.L, call.D, str(dtype), tf32_allowed=tf32_allowed, training=training, cudnn=cudnn,
             unsupported=unsupported, gpu=gpu_of(device) if unsupported is None else None, dropout=dropout, captured=captured,
+            resets=resets,
         )  # fmt: skip
         if len(_plans) >= 4096:
             _plans.clear()
@@ -153,7 +154,7 @@ def gru_forward(call: GRUCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
             _refuse(call, plan, error)
             plan = _instead(call, plan, save)
     if plan.kernel == "torch":
-        path = cudnn_path if save and torch_hooks.cudnn_runs(call.input) else torch_path
+        path = _path_of_torch(call) if save else torch_path
         return remember(path.gru_forward(call, save), save, plan, path)
     return remember(_step_forward(call, save, plan), save, plan, None)
 
@@ -165,6 +166,11 @@ def remember(
     if save:
         _made_by.put(results[2], (plan, path))
     return results
+
+
+def _path_of_torch(call: GRUCall) -> ModuleType:
+    """PyTorch's own for training: cuDNN, which knows no resets, or its operations."""
+    return cudnn_path if call.keep is None and torch_hooks.cudnn_runs(call.input) else torch_path
 
 
 def _stream_forward(call: GRUCall, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
@@ -202,7 +208,7 @@ def _step_forward(call: GRUCall, save: bool, plan: Plan) -> tuple[Tensor, Tensor
                 _input_projection(rows, w_ih[d], gi[d].view(T * B, 3 * H))
         sequence_forward(
             gi, call.hx[call.states(layer)], w_hh, b_ih, b_hh, out, gates[layer] if save else None,
-            tile=plan.tile, tf32=plan.tf32,
+            tile=plan.tile, tf32=plan.tf32, keep=call.keep,
         )  # fmt: skip
         h_n[layer * D] = out[-1, :, :H]
         if D == 2:
@@ -229,7 +235,7 @@ def gru_backward(
         plan = plan_of(call, training=True)
         path = None
         if plan.kernel == "torch":
-            path = cudnn_path if torch_hooks.cudnn_runs(call.input) else torch_path
+            path = _path_of_torch(call)
     if path is not None:
         return path.gru_backward(call, grad_output, grad_h_n, output, reserve, needs)
     return kernel_backward.gru_backward(call, plan, grad_output, grad_h_n, output, reserve, needs)

@@ -95,7 +95,7 @@ def _make(call: GRUCall, batch_first: bool, save: bool, key: tuple) -> Run | Non
     tensors = call.tensors
     if not dispatch.goes_straight(tensors, gradients=True) or not torch_hooks.autocast_is_passed("cuda"):
         return None
-    input, hx, params, has_biases, num_layers, bidirectional, _ = call
+    input, hx, params, has_biases, num_layers, bidirectional, *_ = call
     check_gru(input, hx, params, has_biases, num_layers, 0.0, False, bidirectional, batch_first)
     if batch_first:
         call = call._replace(input=input.transpose(0, 1))

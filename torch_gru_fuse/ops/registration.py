@@ -31,12 +31,12 @@ class _BackwardFunction(torch_hooks.SingleLevelFunction):
     """Runs a backward op; its derivatives are those of `gradients`, the same function made of differentiable ops."""
 
     @staticmethod
-    def forward(op, gradients, of_forward, needs, spec, *leaves):
-        return tuple(torch_hooks.call_below(op, *tree_unflatten(leaves, spec), *of_forward, needs))
+    def forward(op, gradients, of_forward, needs, constants, spec, *leaves):
+        return tuple(torch_hooks.call_below(op, *tree_unflatten(leaves, spec), *of_forward, needs, *constants))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, ctx.gradients, _, ctx.needs, ctx.spec, *leaves = inputs
+        _, ctx.gradients, _, ctx.needs, ctx.constants, ctx.spec, *leaves = inputs
         ctx.save_for_backward(*(leaf if isinstance(leaf, Tensor) else None for leaf in leaves))
         ctx.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         ctx.set_materialize_grads(False)
@@ -53,7 +53,7 @@ class _BackwardFunction(torch_hooks.SingleLevelFunction):
         with torch.enable_grad(), torch_hooks.below_any_autocast():
             for i in varied:  # a view: it is varied alone, and not what it was made from
                 leaves[i] = leaves[i].view_as(leaves[i])
-            grads = ctx.gradients(*tree_unflatten(leaves, ctx.spec), needs)
+            grads = ctx.gradients(*tree_unflatten(leaves, ctx.spec), needs, *ctx.constants)
             pairs = zip(grads, (c for c in cotangents if c is not None), strict=True)
             if pairs := [(grad, cotangent) for grad, cotangent in pairs if grad.requires_grad]:
                 grads, cotangents = zip(*pairs, strict=True)
@@ -78,22 +78,25 @@ def _tensors(args: Sequence[Any]) -> list[Tensor]:
 def differentiable_backward(name: str, gradients: Callable[..., list[Tensor]], of_forward: int) -> None:
     """Register an autograd kernel for a backward op, so that gradients can be differentiated.
 
-    The last arguments of the op are what the forward saved (`of_forward` of them) and `needs`.  The former are functions of
-    the others and have no gradients of their own; `gradients` takes the rest.
+    The last arguments of the op are what the forward saved (`of_forward` of them), `needs` and, if it has any, constants.  What
+    was saved is a function of the others and has no gradients of its own; `gradients` takes the rest.
     """
     op = getattr(ops, name).default
+    i_needs = [argument.name for argument in op._schema.arguments].index("needs")
 
     def autograd(*args: Any) -> list[Tensor]:
         if not torch.is_grad_enabled() and torch_hooks.nothing_intercepts():  # nearly always
             with torch_hooks.below_autograd():
                 return dispatch.direct(name, _tensors(args))(*args)
-        variables, saved, needs = args[: -1 - of_forward], args[-1 - of_forward : -1], args[-1]
+        variables, saved = args[: i_needs - of_forward], args[i_needs - of_forward : i_needs]
+        needs, *constants = args[i_needs:]
         leaves, spec = tree_flatten(variables)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if torch_hooks.has_forward_tangent(tensors):
-            return gradients(*variables, needs)
+            return gradients(*variables, needs, *constants)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            return list(torch_hooks.apply_single_level(_BackwardFunction, op, gradients, saved, needs, spec, *leaves))
+            options = (op, gradients, saved, needs, constants, spec)
+            return list(torch_hooks.apply_single_level(_BackwardFunction, *options, *leaves))
         with torch_hooks.below_autograd():
             return op(*args)
 

@@ -39,14 +39,17 @@ CUDNN_EXTRA_BYTES = 1024
 
 library.define(
     "gru(Tensor input, Tensor hx, Tensor[] params, bool has_biases, int num_layers, "
-    "float dropout, bool train, bool bidirectional, bool batch_first, *, bool recompute=False) -> (Tensor, Tensor)"
+    "float dropout, bool train, bool bidirectional, bool batch_first, *, bool recompute=False, Tensor? resets=None, "
+    "Tensor? keep=None) -> (Tensor, Tensor)"
 )  # composite: its fake implementation is that of gru_forward
 
 # `save`: keep in the reserve what `gru_backward` needs.  Autograd asks for that, but with `recompute` it does not: then
 # `gru_backward` gets an empty reserve and runs the forward again.
+# `keep`: [T, B], bool or of the dtype of hx: what is left of the state before each step, `equations.kept`.
 library.define(
     "gru_forward(Tensor input, Tensor hx, Tensor[] params, bool has_biases, int num_layers, "
-    "bool bidirectional, Tensor? dropout_masks, bool save, *, bool recompute=False) -> (Tensor, Tensor, Tensor)"
+    "bool bidirectional, Tensor? dropout_masks, bool save, Tensor? keep=None, *, bool recompute=False) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -91,7 +94,7 @@ def empty_gru_results(
 
 
 @torch.library.register_fake(f"{NAMESPACE}::gru_forward", lib=library)
-def _(input, hx, params, has_biases, num_layers, bidirectional, dropout_masks, save, *, recompute=False):
+def _(input, hx, params, has_biases, num_layers, bidirectional, dropout_masks, save, keep=None, *, recompute=False):
     return empty_gru_results(input, hx, num_layers, bidirectional, save)
 
 
@@ -100,7 +103,7 @@ def _(input, hx, params, has_biases, num_layers, bidirectional, dropout_masks, s
 library.define(
     "gru_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor input, Tensor hx, Tensor[] params, "
     "bool has_biases, int num_layers, bool bidirectional, Tensor? dropout_masks, Tensor output, "
-    "Tensor reserve, bool[] needs) -> Tensor[]"
+    "Tensor reserve, bool[] needs, Tensor? keep=None) -> Tensor[]"
 )
 
 
@@ -111,7 +114,7 @@ def empty_grads(tensors: list[Tensor], needs: list[bool]) -> list[Tensor]:
 
 @torch.library.register_fake(f"{NAMESPACE}::gru_backward", lib=library)
 def _(grad_output, grad_h_n, input, hx, params, has_biases, num_layers, bidirectional,
-      dropout_masks, output, reserve, needs):
+      dropout_masks, output, reserve, needs, keep=None):
     return empty_grads([input, hx, *params], needs)
 
 

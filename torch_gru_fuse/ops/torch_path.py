@@ -4,7 +4,8 @@ Inference is `torch.gru` (on CUDA: cuDNN).  For training `torch.gru` would keep 
 here and save them; the backward then runs the recurrence of dh alone, and each weight gradient is one product over all time
 steps and not one a step.
 
-Packed sequences take the same way, over the rows that each step has.
+Packed sequences take the same way, over the rows that each step has.  With resets, which `torch.gru` does not know, inference
+runs step by step, too.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ from torch_gru_fuse.ops.call import GRUCall, PackedCall
 
 
 def gru_forward(call: GRUCall | PackedCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward_saving(call) if save else (*_forward(call), call.input.new_empty(0))
+    if save:
+        return _forward_saving(call)
+    forward = _forward if _keep(call) is None else _forward_by_steps
+    return *forward(call), call.input.new_empty(0)
+
+
+def _keep(call: GRUCall | PackedCall) -> Tensor | None:
+    return call.keep if isinstance(call, GRUCall) else None
 
 
 def _forward(call: GRUCall | PackedCall) -> tuple[Tensor, Tensor]:
@@ -57,18 +65,33 @@ def _layer_functions(call: GRUCall | PackedCall) -> tuple[Callable[..., None], C
             functools.partial(equations_packed.gru_layer_saving, sizes=sizes),
             functools.partial(equations_packed.gru_layer_backward, sizes=sizes),
         )
-    return _layer_saving, equations.gru_layer_backward
+    keep = call.keep
+    return functools.partial(_layer_saving, keep=keep), functools.partial(equations.gru_layer_backward, keep=keep)
 
 
-def _layer_saving(*args: Tensor | None, reverse: bool) -> None:
+def _layer_saving(*args: Tensor | None, reverse: bool, keep: Tensor | None) -> None:
     *arguments, out, gates, final = args
-    equations.gru_layer_saving(*arguments, out, gates, reverse=reverse)
+    equations.gru_layer_saving(*arguments, out, gates, reverse=reverse, keep=keep)
     final.copy_(out[0 if reverse else -1])
 
 
 def _forward_saving(call: GRUCall | PackedCall) -> tuple[Tensor, Tensor, Tensor]:
     output, h_n, reserve = call.empty_results(True)
     layer_outputs, gates = call.saved_gates(reserve)
+    _fill(call, output, h_n, layer_outputs, gates)
+    return output, h_n, reserve
+
+
+def _forward_by_steps(call: GRUCall) -> tuple[Tensor, Tensor]:
+    """The same without a reserve: every step has the gates of the one before for its own."""
+    output, h_n, _ = call.empty_results(False)
+    layer_outputs = output.new_empty(call.L - 1, *output.shape)
+    gates = output.new_empty(1, 1, 1, call.B, 4, call.H).expand(call.L, call.D, call.T, -1, -1, -1)
+    _fill(call, output, h_n, layer_outputs, gates)
+    return output, h_n
+
+
+def _fill(call: GRUCall | PackedCall, output: Tensor, h_n: Tensor, layer_outputs: Tensor, gates: Tensor) -> None:
     saving, _ = _layer_functions(call)
     for layer in range(call.L):
         x = call.layer_input(layer, layer_outputs)
@@ -77,7 +100,6 @@ def _forward_saving(call: GRUCall | PackedCall) -> tuple[Tensor, Tensor, Tensor]
             state = layer * call.D + d
             columns = out[..., d * call.H : (d + 1) * call.H]
             saving(x, call.hx[state], *call.parameters(state), columns, gates[layer, d], h_n[state], reverse=d == 1)
-    return output, h_n, reserve
 
 
 def gru_backward(

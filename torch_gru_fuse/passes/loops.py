@@ -4,14 +4,18 @@ A loop is a chain of cells with the same weights, each with the hidden state of 
 last cell.  That is right where the inputs of all steps are known there without any of its hidden states; the scan of
 `_Segment` finds out, over values and over memory that is written, and notes what has to wait for the call.
 
+Between two cells the state may be reset (`resets.py`): the op does that itself.
+
 Every use of a hidden state in between gets that time step of the output; where all of them are stacked, the output itself.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from operator import getitem
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +41,7 @@ from torch_gru_fuse.passes.nodes import (
     value,
     write_positions,
 )
+from torch_gru_fuse.passes.resets import Factor, Reset, find_reset
 
 #: The fewest steps that are rolled up.
 SHORTEST = 2
@@ -56,12 +61,11 @@ class Loop:
 # ---- which cells follow one another ------------------------------------------------------------------------------------------
 
 
-def _before(cell: Cell, cells: dict[Node, Cell], regions: Regions) -> Cell | None:
-    """The cell whose new hidden state is this one's hidden state.
-
-    Here is the place for a step that changes the state in a way which the op could do itself, as a reset where an episode ends.
-    """
+def _before(cell: Cell, cells: dict[Node, Cell], regions: Regions, resets: dict[Cell, Reset]) -> Cell | None:
+    """The cell whose new hidden state is this one's hidden state, but for a reset in between."""
     h = cell.h
+    if cell in resets and resets[cell].state.whole:
+        return cells.get(resets[cell].state.base)
     if h.whole and h.base in cells:
         return cells[h.base]
     if name(h.base) == "unsqueeze" and h.whole and argument(h.base, 1, "dim") == 0:  # an unbatched call of nn.GRUCell
@@ -71,12 +75,12 @@ def _before(cell: Cell, cells: dict[Node, Cell], regions: Regions) -> Cell | Non
     return None
 
 
-def _chains(cells: dict[Node, Cell], regions: Regions) -> list[list[Cell]]:
+def _chains(cells: dict[Node, Cell], regions: Regions, resets: dict[Cell, Reset]) -> list[list[Cell]]:
     """Chains of cells with the same weights, in the order of the graph; each cell is in one."""
     following: dict[Cell, Cell] = {}
     chained: set[Cell] = set()
     for cell in cells.values():
-        before = _before(cell, cells, regions)
+        before = _before(cell, cells, regions, resets)
         if before is not None and before.weights == cell.weights and before.call == cell.call and before not in following:
             following[before] = cell
             chained.add(cell)
@@ -116,18 +120,26 @@ def _why_unchained(cell: Cell, cells: dict[Node, Cell]) -> str | None:
 # ---- which of them can be one call -------------------------------------------------------------------------------------------
 
 
+class _Reads(NamedTuple):
+    needed: set[Node]
+    reset: set[Node]
+    hidden: set[Node]
+
+
 @dataclass
 class _Segment:
     """Cells from the start of a chain on that can be one call; `take` adds one, or says why not.
 
     Attributes:
-        reads: what a call in the place of a cell reads: its input and weights; its hidden state.
+        reads: what a call in the place of a cell reads: its input and weights; its reset; its hidden state.
+        resets: of the cells that have one.
         waiting: nodes between the cells that need a hidden state, or memory that such a node writes, and so have to come after
             the call.
     """
 
     cells: list[Cell]
-    reads: Callable[[Cell], tuple[set[Node], Node]]
+    reads: Callable[[Cell], _Reads]
+    resets: dict[Cell, Reset]
     waiting: list[Node] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -137,13 +149,14 @@ class _Segment:
         self._written: set[object] = set()
         self._pending: list[Node] = []
         self._at = self.cells[0].node
+        self.keep_dtype: torch.dtype | None = None  # of resets between the cells
         self._seed(self.cells[0])
 
     def _seed(self, cell: Cell) -> None:
         self._data.add(cell.node)
         self._any.add(cell.node)
-        needed, hidden = self.reads(cell)
-        self._read |= storages(*needed, hidden)
+        reads = self.reads(cell)
+        self._read |= storages(*reads.needed, *reads.reset, *reads.hidden)
 
     def take(self, cell: Cell) -> str | None:
         node = self._at.next
@@ -152,13 +165,21 @@ class _Segment:
             if EVERYTHING in effects(node).writes:
                 return f"between the steps is an operation of unknown effect, {name(node) or node.target}"
             node = node.next
-        needed, _ = self.reads(cell)
-        if needed & self._data:
+        reads = self.reads(cell)
+        if reads.reset & self._data:
+            return "a reset of its state depends on the hidden state of the step before"
+        if reads.needed & self._data:
             return "its input at a step depends on the hidden state of the step before"
+        needed = reads.needed | reads.reset
         if needed & self._any or storages(*needed, self.cells[-1].node) & self._written:
             if RANDOM in self._written:
                 return "random numbers are drawn both for its inputs and from its hidden states; their order would change"
             return "memory that it reads is changed in place between the steps"
+        if cell in self.resets:
+            dtype = self.resets[cell].dtype
+            if self.keep_dtype not in (None, dtype):
+                return "its state is reset in different ways, by factors and by selection"
+            self.keep_dtype = dtype
         self._seed(cell)
         self.cells.append(cell)
         self.waiting += self._pending
@@ -206,18 +227,23 @@ class Roller:
         self._graph, self._regions, self._options = graph, regions, options
         self._cells = found.cells
         self._written = set(write_positions(graph.nodes))
+        self._resets = {
+            cell: reset for cell in found.cells.values()
+            if (reset := find_reset(cell.h, found.cells, regions, self._stays)) is not None
+        }  # fmt: skip
+        self._keeps: dict[tuple[Factor | None, ...], Node] = {}
         self._replaced: dict[Node, Region] = {}  # by what was a hidden state, where it is now
         self._weights: dict[Weights, list[Node | None]] = {}
 
     def run(self) -> list[Loop]:
         """Rewrites the graph; the cells that are left are those in `found.cells`."""
         loops: list[Loop] = []
-        chains = _chains(self._cells, self._regions)
+        chains = _chains(self._cells, self._regions, self._resets)
         refused = self._unchained(chains)
         for chain in chains:
             start = 0
             while start < len(chain):
-                segment = _Segment([chain[start]], self._reads)
+                segment = _Segment([chain[start]], self._reads, self._resets)
                 for cell in chain[start + 1 :]:
                     reason = segment.take(cell)
                     if reason is not None:
@@ -245,17 +271,25 @@ class Roller:
         reasons = {}
         for chain in chains:
             cell = chain[0]
-            if (before := _before(cell, self._cells, self._regions)) is not None:
+            if (before := _before(cell, self._cells, self._regions, self._resets)) is not None:
                 if len(chain) == 1 and before.node in alone and before.weights != cell.weights:
                     reasons[cell] = "the weights differ from those of the step before"
             elif (reason := _why_unchained(cell, self._cells)) is not None:
                 reasons[cell] = reason
         return reasons
 
-    def _reads(self, cell: Cell) -> tuple[set[Node], Node]:
+    def _reads(self, cell: Cell) -> _Reads:
         nodes = [cell.x.base, *cell.weights.nodes(), *([] if cell.x_node is None else [cell.x_node])]
         needed = {self.now(Region(n, (None,) * len(shape(n)))).base for n in nodes}
-        return needed, self.now(cell.h).base
+        reset = self._resets.get(cell)
+        states = [cell.h] if reset is None else [cell.h, reset.state]
+        return _Reads(
+            needed, set() if reset is None else {self.now(reset.factor.region).base}, {self.now(h).base for h in states}
+        )
+
+    def _stays(self, *nodes: Node) -> bool:
+        """Whether nothing in the graph writes to the memory of nodes."""
+        return EVERYTHING not in self._written and not storages(*nodes) & self._written
 
     def now(self, region: Region) -> Region:
         """A region in the graph as it has become."""
@@ -271,7 +305,7 @@ class Roller:
         if known is not None and all(n is None or n < emit_before for n in known):
             return known
         nodes = emit_weights(Emitter(self._graph, emit_before, cell.node), cell.weights, self.now(cell.h).base)
-        if not storages(*cell.weights.nodes()) & self._written and EVERYTHING not in self._written:
+        if self._stays(*cell.weights.nodes()):
             self._weights[cell.weights] = nodes
         return nodes
 
@@ -281,12 +315,15 @@ class Roller:
         emit = Emitter(graph, last, last)
         params = [p for p in self.weights(first, cells[0]) if p is not None]
         x = self._sequence(emit, [self.now(c.x) for c in cells], [c.x_node for c in cells])
-        hx = emit(aten.unsqueeze.default, emit.region(self.now(cells[0].h)), 0)
+        resets = self._resets_of(segment)
+        h0 = cells[0].h if resets[0] is None else resets[0].state
+        hx = emit(aten.unsqueeze.default, emit.region(self.now(h0)), 0)
+        options = self._options if segment.keep_dtype is None else self._options | {"keep": self._keep(emit, last, resets)}
         state = value(last)
         assert isinstance(state, Tensor)
         results = state.new_empty(len(cells), *state.shape), state.new_empty(1, *state.shape)
         call = emit.known(
-            results, ops.gru.default, x, hx, params, len(params) > 2, 1, 0.0, False, False, False, **self._options
+            results, ops.gru.default, x, hx, params, len(params) > 2, 1, 0.0, False, False, False, **options
         )
         output = emit.known(results[0], getitem, call, 0)
 
@@ -337,8 +374,55 @@ class Roller:
         self._regions.forget()
         return fused
 
+    def _resets_of(self, segment: _Segment) -> list[Reset | None]:
+        """The resets that the call does.  What was done to the first state may also be done before the call: where there is no
+        other reset, where it is another kind, or where something may be changed in between."""
+        first = self._resets.get(segment.cells[0])
+        if first is not None and (
+            first.dtype != segment.keep_dtype or not self._stays(first.state.base, first.factor.region.base)
+        ):
+            first = None
+        return [first, *(self._resets.get(cell) for cell in segment.cells[1:])]
+
+    def _keep(self, emit: Emitter, before: Node, resets: list[Reset | None]) -> Node:
+        """`keep` [T, B] of the op as a node before `before`; layers with the same resets share it."""
+        factors = tuple(None if reset is None else reset.factor for reset in resets)
+        known = self._keeps.get(factors)
+        if known is not None and known < before:
+            return known
+        batch = shape(before)[0]
+        pieces: list[Node | int] = []  # of some steps [n, B], or the number of steps without a reset
+        for _, group in itertools.groupby(factors, key=lambda f: None if f is None else f.form):
+            run = list(group)
+            pieces.append(len(run) if run[0] is None else self._factors(emit, run, batch))  # type: ignore[arg-type]
+        some = next(p for p in pieces if isinstance(p, Node))
+        if len(pieces) == 1:
+            keep = some
+        else:
+            ones = emit(aten.ones_like.default, emit(aten.slice.Tensor, some, 0, 0, 1))
+            keep = emit(
+                aten.cat.default, [emit(aten.expand.default, ones, [p, -1]) if isinstance(p, int) else p for p in pieces], 0
+            )
+            erase_unused(self._graph, [ones], ())
+        if self._stays(*(factor.region.base for factor in factors if factor is not None)):
+            self._keeps[factors] = keep
+        return keep
+
+    def _factors(self, emit: Emitter, factors: list[Factor], batch: object) -> Node:
+        """Factors of one form, [n, B]."""
+        node = self._sequence(emit, [self.now(f.region) for f in factors], [None] * len(factors))
+        for _ in range(len(shape(node)) - 2):
+            node = emit(aten.squeeze.dim, node, -1)
+        if len(shape(node)) == 1:
+            node = emit(aten.unsqueeze.default, node, -1)
+        if not same_sizes(shape(node)[1:], (batch,)):
+            node = emit(aten.expand.default, node, [-1, batch])
+        for function in factors[0].functions:
+            node = function.emit(emit, node)
+        return node
+
     def _sequence(self, emit: Emitter, parts: list[Region], nodes: list[Node | None]) -> Node:
-        """The inputs of all steps as one tensor [T, B, I]: slices of one tensor as a range of it, others stacked."""
+        """What there is of each step as one tensor, time first: slices of one tensor as a range of it, others stacked."""
         pieces: list[Node] = []
         single: list[Node] = []
 
@@ -389,7 +473,7 @@ def _slices(parts: Sequence[Region], start: int) -> tuple[int, int, int]:
 def _range(emit: Emitter, first: Region, dim: int, step: int, count: int) -> Node:
     """`count` regions, from `first` on with `step` between, along a new first dimension."""
     if step == 0:
-        return emit(aten.expand.default, emit(aten.unsqueeze.default, emit.region(first), 0), [count, -1, -1])
+        return emit(aten.expand.default, emit(aten.unsqueeze.default, emit.region(first), 0), [count, *[-1] * len(first.sizes)])
     start = first.extents[dim]
     assert isinstance(start, int)
     base = emit.region(first.replace(dim, None))
@@ -586,7 +670,7 @@ def _merge_layers(graph: Graph, calls: list[Node]) -> dict[Node, Node]:
 def _are_layers(lower: Node, upper: Node) -> bool:
     """Whether one call can take the place of both, where the upper one is."""
     output, hx, params = upper.args[:3]
-    same = lower.args[3] == upper.args[3] and lower.kwargs == upper.kwargs
+    same = lower.args[3] == upper.args[3] and lower.kwargs == upper.kwargs  # resets, too
     sizes = same_sizes(shape(lower.args[1])[1:], shape(hx)[1:])  # type: ignore[arg-type]
     if not same or not sizes or set(output.users) != {upper}:  # type: ignore[union-attr]
         return False

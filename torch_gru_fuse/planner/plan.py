@@ -171,16 +171,17 @@ def choice() -> str:
 
 def plan_gru(
     T: int, B: int, I: int, H: int, L: int, D: int, dtype: str, *, tf32_allowed: bool, training: bool, cudnn: bool,
-    unsupported: str | None = None, gpu: GPU | None = None, dropout: bool = False, captured: bool = True,
+    unsupported: str | None = None, gpu: GPU | None = None, dropout: bool = False, captured: bool = True, resets: bool = False,
 ) -> Plan:  # fmt: skip
     """Plan of a sequence: T steps, batch B, I inputs, H units, L layers, D directions.
 
     `cudnn`: cuDNN could run it; `unsupported`: why the kernels could not, if so; `gpu`: None: no whole-sequence kernels;
-    `dropout`: there are masks between the layers; `captured`: launches cost the host nothing, for a CUDA graph records them.
+    `dropout`: there are masks between the layers; `captured`: launches cost the host nothing, for a CUDA graph records them;
+    `resets`: states are reset between steps.
     """
     if unsupported is not None:
         return Plan("torch", None, False, unsupported)
-    return _plan_gru(T, B, I, H, L, D, dtype, tf32_allowed, training, cudnn, choice(), gpu, dropout, captured)
+    return _plan_gru(T, B, I, H, L, D, dtype, tf32_allowed, training, cudnn, choice(), gpu, dropout, captured, resets)
 
 
 def plan_gru_packed(N: int, I: int, H: int, L: int, D: int, dtype: str, *, training: bool) -> Plan:
@@ -191,7 +192,7 @@ def plan_gru_packed(N: int, I: int, H: int, L: int, D: int, dtype: str, *, train
 @functools.lru_cache(maxsize=4096)
 def _plan_gru(
     T: int, B: int, I: int, H: int, L: int, D: int, dtype: str, tf32_allowed: bool, training: bool, cudnn: bool,
-    choice: str, gpu: GPU | None, dropout: bool, captured: bool,
+    choice: str, gpu: GPU | None, dropout: bool, captured: bool, resets: bool,
 ) -> Plan:  # fmt: skip
     tf32 = dtype == "torch.float32" and tf32_allowed and uses_tf32(T, B, H, training=training)
     shared = {} if gpu is None else {"shared_bytes": gpu.shared_bytes_per_program}
@@ -201,8 +202,10 @@ def _plan_gru(
         back = default_step_tile(B, H, _BYTES[dtype], directions=D, tf32=tf32, backward=True, **shared)
     step, in_one = (functools.partial(Plan, kernel, tile, tf32, backward_tile=back) for kernel in ("step", "whole"))
     own = functools.partial(Plan, "torch", None, tf32)
-    if choice == "torch" and cudnn:
+    if choice == "torch" and (cudnn or resets):
         return own("asked for")
+    if resets:
+        return step("one launch a step: neither the kernels of whole sequences nor cuDNN know resets")
     whole = backward = None
     if choice in ("auto", "triton"):
         if T == 1 and D == 1 and not training and not dropout and gpu is not None:

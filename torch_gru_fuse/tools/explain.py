@@ -196,7 +196,8 @@ def _plan(node: Node) -> str:
         from torch_gru_fuse.ops.kernel_path import plan_uncaptured  # imports Triton
 
         x, h, params, has_biases, layers, _, _, bidirectional, batch_first = tensors  # type: ignore[misc]
-        call = GRUCall(x.transpose(0, 1) if batch_first else x, h, params, has_biases, layers, bidirectional, None)
+        keep = next((k for k in (node.kwargs.get("resets"), node.kwargs.get("keep")) if k is not None), None)
+        call = GRUCall(x.transpose(0, 1) if batch_first else x, h, params, has_biases, layers, bidirectional, None, keep)
         plan = plan_uncaptured(call, training=_is_differentiated([x, h, *params]))
     own = "PyTorch's own GRU (cuDNN)" if plan.kernel == "torch" else f"kernel '{plan.kernel}'"
     return f"{own} ({plan.reason})"
