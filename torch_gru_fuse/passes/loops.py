@@ -62,6 +62,8 @@ def _before(cell: Cell, cells: dict[Node, Cell], regions: Regions) -> Cell | Non
     Here is the place for a step that changes the state in a way which the op could do itself, as a reset where an episode ends.
     """
     h = cell.h
+    if len(h.sizes) != 2:
+        return None
     if h.whole and h.base in cells:
         return cells[h.base]
     if name(h.base) == "unsqueeze" and h.whole and argument(h.base, 1, "dim") == 0:  # an unbatched call of nn.GRUCell
@@ -96,6 +98,9 @@ _NEAR = 24  # nodes that are looked at between two steps, to say why they are no
 
 def _why_unchained(cell: Cell, cells: dict[Node, Cell]) -> str | None:
     """Why a cell whose state is made of that of a cell before it is no step of a loop with it; None where it is not."""
+    before = cells.get(cell.h.base)
+    if len(cell.h.sizes) != 2 and before is not None and before.weights == cell.weights:
+        return f"its hidden state has {len(cell.h.sizes)} dimensions; loops are rolled up over [B, H]"
     changed_by: list[str] = []
     pending, seen = [cell.h.base], set()
     while pending and len(seen) < _NEAR:
@@ -327,15 +332,20 @@ class Roller:
         weights = self.weights(node, cell)
         emit = Emitter(graph, node, node)
         x, h = (emit.region(self.now(r)) for r in (cell.x, cell.h))
-        fused = emit.known(value(node), ops.gru_cell.default, x, h, *weights)
+        if (dims := len(shape(node))) == 2:
+            made = fused = emit.known(value(node), ops.gru_cell.default, x, h, *weights)
+        else:
+            rows = [emit(aten.flatten.using_ints, t, 0, -2) for t in (x, h)]
+            made = emit.known(value(rows[1]), ops.gru_cell.default, *rows, *weights)
+            fused = emit.known(value(node), aten.view_as.default, made, h)
         node.replace_all_uses_with(fused)
-        self._replaced[node] = Region(fused, (None, None))
+        self._replaced[node] = Region(fused, (None,) * dims)
         del self._cells[node]
         inputs = node.all_input_nodes
         graph.erase_node(node)
         erase_unused(graph, inputs, self._cells.keys())
         self._regions.forget()
-        return fused
+        return made
 
     def _sequence(self, emit: Emitter, parts: list[Region], nodes: list[Node | None]) -> Node:
         """The inputs of all steps as one tensor [T, B, I]: slices of one tensor as a range of it, others stacked."""
