@@ -44,8 +44,11 @@ class Model:
 MODELS: list[Model] = []
 
 
-def model(package: str, name: str, calls: dict[str, int], **expected: Any) -> Callable[[Callable[[], Built]], Callable[[], Built]]:
-    def add(build: Callable[[], Built]) -> Callable[[], Built]:
+Builder = Callable[[], Built]
+
+
+def model(package: str, name: str, calls: dict[str, int], **expected: Any) -> Callable[[Builder], Builder]:
+    def add(build: Builder) -> Builder:
         MODELS.append(Model(package, name, build, calls, **expected))
         return build
 
@@ -225,7 +228,10 @@ class DynamicLearning(nn.Module):
         return results
 
 
-@model("sheeprl", "DreamerV1 RSSM, 4 steps", {"gru_cell": 4})
+@model(
+    "sheeprl", "DreamerV1 RSSM, 4 steps", {"gru_cell": 4},
+    left=("the hidden state is changed between two steps (by mul, sub)",),
+)  # fmt: skip
 def dreamer_v1() -> Built:
     from sheeprl.algos.dreamer_v1.agent import RSSM, RecurrentModel
     from sheeprl.models.models import MLP
@@ -250,8 +256,9 @@ def gated_graph_conv() -> Built:
 
 
 @model(
-    "torch-geometric", "AttentiveFP", {"gru_cell": 4}, graphs=4, left=("the hidden state is changed between two steps (by relu_)",)
-)
+    "torch-geometric", "AttentiveFP", {"gru_cell": 4}, graphs=4,
+    left=("the hidden state is changed between two steps (by relu_)",),
+)  # fmt: skip
 def attentive_fp() -> Built:
     from torch_geometric.nn import AttentiveFP
 
