@@ -242,6 +242,64 @@ def test_left_to_inductor_on_a_cpu(monkeypatch):
     check(Model(two_linears), x_of(T, B, I), gru=1)
 
 
+# ---- states with more dimensions ---------------------------------------------------------------------------------------------
+
+
+def on_the_last_dimension(m, x, h):
+    x_r, x_z, x_n = m.x3(x).chunk(3, -1)
+    h_r, h_z, h_n = m.h3(h).chunk(3, -1)
+    r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
+    return (1 - z) * torch.tanh(x_n + r * h_n) + z * h
+
+
+class Leading(Model):
+    """A cell on states [.., H] of `sizes`, whose input depends on the state before or does not, as world models have it."""
+
+    def __init__(self, sizes, depends=True):
+        super().__init__(on_the_last_dimension)
+        self.sizes, self.depends = sizes, depends
+
+    def forward(self, x):
+        h, outputs = x.new_zeros(*self.sizes, H), []
+        for step in x:
+            step = step + self.norm(h)[..., :I] if self.depends else step
+            h = self.cell(self, step, h)
+            outputs.append(h)
+        return torch.stack(outputs), h
+
+
+@pytest.mark.parametrize("depends", [True, False], ids=["input of the state", "input"])
+@pytest.mark.parametrize("sizes", [(1, B), (4, B), (2, 1, B)], ids=str)
+def test_dimensions_before_the_hidden_one(sizes, depends):
+    graph = check(Leading(sizes, depends), x_of(T, *sizes, I), gru_cell=T)
+    assert graph.reasons == [f"its hidden state has {len(sizes) + 1} dimensions; loops are rolled up over [B, H]"]
+
+
+def test_dimensions_before_the_hidden_one_may_change():
+    class Dynamic(Leading):
+        def forward(self, x):
+            self.sizes = x.shape[1:-1]
+            return super().forward(x)
+
+    model = Dynamic(()).double()
+    x = x_of(T, 2, 3, I)
+    compiled, graph = compiled_graph(model, x, dynamic=True)
+    assert graph.gru_cell == T
+    for sizes in ((2, 3), (4, 7)):
+        x = x_of(T, *sizes, I)
+        inputs = [*model.parameters(), x]
+        assert_same(value_and_grads(compiled, (x,), inputs), value_and_grads(model, (x,), inputs), 1e-12)
+
+
+def test_input_that_is_broadcast_over_a_leading_dimension_is_no_match():
+    class Broadcast(Leading):
+        def forward(self, x):
+            return self.cell(self, x[0], x.new_ones(*self.sizes, H))
+
+    graph = check(Broadcast((4, B)), x_of(1, B, I))
+    assert not any(r.rewritten for r in graph.records)
+
+
 # ---- what is no GRU ----------------------------------------------------------------------------------------------------------
 
 

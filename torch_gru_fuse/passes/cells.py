@@ -88,7 +88,7 @@ class Cell:
         node: makes the new hidden state h'.
         x: the input, as the part of a tensor that it is.
         x_node: a node that holds the input, None where there is none (the projection was made for all time steps at once).
-        h: the hidden state, as the part of a tensor that it is.
+        h: the hidden state, as the part of a tensor that it is: [B, H], or [.., H] of a hand-written cell.
         weights: what the cell multiplies with.
         call: whether it is a call of `torch.gru_cell`.
         inner: of a hand-written cell, the nodes that its formula is made of.
@@ -286,7 +286,7 @@ class _Matcher:
 
     def match(self, root: Node) -> Cell:
         tensor = value(root)
-        if not isinstance(tensor, Tensor) or tensor.dim() != 2 or tensor.dtype not in DTYPES:
+        if not isinstance(tensor, Tensor) or tensor.dim() < 2 or tensor.dtype not in DTYPES:
             raise NoMatch
         self._algebra.visited = []
         z, n, h, swapped = self._update(root)
@@ -294,7 +294,7 @@ class _Matcher:
 
     def _update(self, root: Node) -> tuple[Region, Region, Region, bool]:
         """The roles in h' = (1 - z) n + z h: the arguments z, n and h, and whether z and 1 - z have changed places."""
-        whole = Region(root, (None, None))
+        whole = Region(root, (None,) * len(shape(root)))
         polynomial = self._algebra.expand(whole, shape(root), top=True)
         single = [m[0] for m, c in polynomial.items() if len(m) == 1 and c == 1]
         pairs = {m: c for m, c in polynomial.items() if len(m) == 2}
@@ -431,7 +431,7 @@ class _Matcher:
         return projections, biases, loose
 
     def _cell(self, root: Node, z: Region, n: Region, h: Region, swapped: bool) -> Cell:
-        hidden = shape(root)[1]
+        hidden = shape(root)[-1]
         if not isinstance(hidden, int):
             raise NoMatch("its hidden size is not a constant of the graph")
 
@@ -510,12 +510,12 @@ class _Matcher:
         self, root: Node, x: Region, h: Region, w_ih: list[Piece], w_hh: list[Piece], biases: list[tuple[Piece, ...]],
         hidden: int,
     ) -> None:  # fmt: skip
-        batch = shape(root)[0]
-        if not same_sizes(h.sizes, (batch, hidden)):
+        *batch, _ = shape(root)
+        if not same_sizes(h.sizes, shape(root)):
             raise NoMatch(f"its hidden state of size {tuple(h.sizes)} is broadcast to {tuple(shape(root))}")
-        if len(x.sizes) != 2 or not same_sizes(x.sizes[:1], (batch,)):
+        if not same_sizes(x.sizes[:-1], batch):
             raise NoMatch(f"its input of size {tuple(x.sizes)} is broadcast, or not of size [B, I]")
-        features = x.sizes[1]
+        features = x.sizes[-1]
         if not (
             all(same_sizes(p.sizes, (hidden, features)) for p in w_ih)
             and all(same_sizes(p.sizes, (hidden, hidden)) for p in w_hh)

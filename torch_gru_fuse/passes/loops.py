@@ -64,6 +64,8 @@ class Loop:
 def _before(cell: Cell, cells: dict[Node, Cell], regions: Regions, resets: dict[Cell, Reset]) -> Cell | None:
     """The cell whose new hidden state is this one's hidden state, but for a reset in between."""
     h = cell.h
+    if len(h.sizes) != 2:
+        return None
     if cell in resets and resets[cell].state.whole:
         return cells.get(resets[cell].state.base)
     if h.whole and h.base in cells:
@@ -100,6 +102,9 @@ _NEAR = 24  # nodes that are looked at between two steps, to say why they are no
 
 def _why_unchained(cell: Cell, cells: dict[Node, Cell]) -> str | None:
     """Why a cell whose state is made of that of a cell before it is no step of a loop with it; None where it is not."""
+    before = cells.get(cell.h.base)
+    if len(cell.h.sizes) != 2 and before is not None and before.weights == cell.weights:
+        return f"its hidden state has {len(cell.h.sizes)} dimensions; loops are rolled up over [B, H]"
     changed_by: list[str] = []
     pending, seen = [cell.h.base], set()
     while pending and len(seen) < _NEAR:
@@ -364,15 +369,20 @@ class Roller:
         weights = self.weights(node, cell)
         emit = Emitter(graph, node, node)
         x, h = (emit.region(self.now(r)) for r in (cell.x, cell.h))
-        fused = emit.known(value(node), ops.gru_cell.default, x, h, *weights)
+        if (dims := len(shape(node))) == 2:
+            made = fused = emit.known(value(node), ops.gru_cell.default, x, h, *weights)
+        else:
+            rows = [emit(aten.flatten.using_ints, t, 0, -2) for t in (x, h)]
+            made = emit.known(value(rows[1]), ops.gru_cell.default, *rows, *weights)
+            fused = emit.known(value(node), aten.view_as.default, made, h)
         node.replace_all_uses_with(fused)
-        self._replaced[node] = Region(fused, (None, None))
+        self._replaced[node] = Region(fused, (None,) * dims)
         del self._cells[node]
         inputs = node.all_input_nodes
         graph.erase_node(node)
         erase_unused(graph, inputs, self._cells.keys())
         self._regions.forget()
-        return fused
+        return made
 
     def _resets_of(self, segment: _Segment) -> list[Reset | None]:
         """The resets that the call does.  What was done to the first state may also be done before the call: where there is no

@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import getitem
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ import torch_gru_fuse.ops  # noqa: F401  (registers the ops)
 from torch_gru_fuse import torch_hooks
 from torch_gru_fuse.ops.schemas import ops
 from torch_gru_fuse.passes import cells, guards, loops
-from torch_gru_fuse.passes.nodes import Regions, value
+from torch_gru_fuse.passes.nodes import Emitter, Regions, aten, storages, value, write_positions
 
 log = logging.getLogger("torch_gru_fuse")
 
@@ -146,7 +147,6 @@ def _check(function: str, node: Node) -> bool:
 @functools.cache
 def _passes() -> dict[str, Callable[[Graph], int]]:
     """The patterns, named by meaning; built at the first compilation because they import Inductor."""
-    aten = torch.ops.aten
     return {
         "gru": torch_hooks.call_pattern_pass(
             "torch_gru_fuse.gru", (torch.gru, aten.gru.input, aten.gru.data),
@@ -194,9 +194,25 @@ def _by_place(reasons: dict[Node, str]) -> dict[tuple[str, str], list[Node]]:
     return places
 
 
+def _copy_changed_outputs(graph: Graph) -> None:
+    """Outputs of sequences that the graph changes in place are copied first: the backward of the op reads its output, that of
+    PyTorch's own GRU on a CPU does not."""
+    written = set(write_positions(graph.nodes))
+    for node in list(graph.nodes):
+        if node.target not in (ops.gru.default, ops.gru_packed.default):
+            continue
+        for output in [u for u in node.users if u.target is getitem and u.args[1] == 0]:
+            if storages(output) & written:
+                copy = Emitter(graph, output.next, output)(aten.clone.default, output)
+                output.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
+
+
 def rewrite_graph(graph: Graph) -> int:
     """Rewrite one graph in place; returns the number of replaced calls."""
-    return _rewrite_cells(graph) + sum(run(graph) for run in _passes().values())
+    count = _rewrite_cells(graph) + sum(run(graph) for run in _passes().values())
+    if count:
+        _copy_changed_outputs(graph)
+    return count
 
 
 def rewrite(gm: GraphModule) -> int:
