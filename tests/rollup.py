@@ -39,7 +39,7 @@ class Compiled:
 def value_and_grads(function, args, inputs):
     """As in `problems`, for functions that do not use all of `inputs`."""
     outputs = tensors(function(*args))
-    loss = sum((o * torch.linspace(0.5, 1.5, o.numel(), dtype=o.dtype).view(o.shape)).sum() for o in outputs)
+    loss = sum((o * torch.linspace(0.5, 1.5, o.numel(), dtype=o.dtype, device=o.device).view(o.shape)).sum() for o in outputs)
     return [o.detach() for o in outputs] + list(torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True))
 
 

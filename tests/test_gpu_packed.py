@@ -116,12 +116,12 @@ def test_backward_knows_what_made_the_reserve(monkeypatch, first):
 def test_opcheck():
     data, sizes, hx, params, bias, L, *_ = args_of()
     masks = torch.ones(1, data.shape[0], 6, device="cuda")
-    opcheck(ops.gru_packed_forward.default, (data, sizes, hx, params, bias, L, False, None, False))
     # A reserve has elements that are not used, so its values are no result to compare.
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     for m in (None, masks):
         opcheck(ops.gru_packed_forward.default, (data, sizes, hx, params, bias, L, False, m, True), test_utils=utils)
     data, hx, *params = [t.detach() for t in (data, hx, *params)]
+    opcheck(ops.gru_packed_forward.default, (data, sizes, hx, params, bias, L, False, None, False))
     output, h_n, reserve = ops.gru_packed_forward(data, sizes, hx, params, bias, L, False, masks, True)
     opcheck(ops.gru_packed_backward.default, (
         output, h_n, data, sizes, hx, params, bias, L, False, masks, output, reserve, [True] * (2 + len(params))

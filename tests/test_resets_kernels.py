@@ -23,7 +23,7 @@ def test_kernel_path(kernels_on_cpu, monkeypatch, variant, kind, kernel):  # noq
     plan(monkeypatch, kernel)
     monkeypatch.setattr(torch_hooks, "cudnn_runs", lambda tensor: True)  # it must not be asked
     x, hx, params, bias, L, _, _, bidirectional, _ = gru_args(**variant, requires_grad=False)
-    keep = 1 - resets_of(kind, size=x.shape[:2]).float()
+    keep = 1 - resets_of(kind, size=x.shape[:2]).float().t().contiguous().t()  # as of resets that are batch first
     masks = torch.bernoulli(torch.full((L - 1, *x.shape[:2], 12), 0.5)) * 2 if bidirectional else None
     given = keep.bool() if kind == "bool" else keep
     call = GRUCall(x, hx, params, bias, L, bidirectional, masks, given)

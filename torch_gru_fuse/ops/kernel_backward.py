@@ -143,7 +143,7 @@ def _weight_gradients(
         # Copying the states is cheaper than going over the result twice more; with resets they are changed anyway.
         if T * B <= 3 * H or call.keep is not None:
             before = torch.cat((before, h0[None]) if d else (h0[None], before))
-            before = equations.kept(before, call.keep).view(T * B, H)
+            before = equations.kept(before, call.keep).reshape(T * B, H)
             torch.mm(d_hidden[H:], before, out=grad[: 2 * H])
             torch.mm(d_hidden[:H], before, out=grad[2 * H :])
             continue
