@@ -266,8 +266,10 @@ class Roller:
                 for cell in cells:
                     del self._cells[cell.node]
         outputs = [u for loop in loops for u in loop.made.users]  # type: ignore[union-attr]
-        erase_unused(self._graph, outputs, self._cells.keys())
-        merged = _merge_layers(self._graph, [loop.made for loop in loops])  # type: ignore[misc]
+        to_be_fused = [cell for cell in self._cells.values() if not cell.call]
+        read = {self.now(region).base for cell in to_be_fused for region in (cell.x, cell.h)}
+        erase_unused(self._graph, outputs, read | self._cells.keys())
+        merged = _merge_layers(self._graph, [loop.made for loop in loops], read)  # type: ignore[misc]
         loops = [replace(loop, made=merged[loop.made]) for loop in loops]  # type: ignore[index]
         return loops + _grouped(refused)
 
@@ -338,6 +340,8 @@ class Roller:
             anchor = node
         stacked = _Stacked(graph, output, [c.node for c in cells], self._written)
         dead = stacked.replace()
+        for node, new in dead.items():
+            self._replaced[node] = Region(new, (None,) * len(shape(new)))
         _write_at_once(graph, output, [c.node for c in cells], self._regions)
         keep = self._cells.keys()
         erase_unused(graph, dead, keep)
@@ -517,21 +521,21 @@ class _Stacked:
         self._step = {node: t for t, node in enumerate(states)}
         self._given = False
 
-    def replace(self) -> list[Node]:
-        """Returns the nodes that are not used any more."""
+    def replace(self) -> dict[Node, Node]:
+        """Returns the nodes that are not used any more, with those in their place."""
         found: dict[Node, None] = {}
         for state in self._states:
             for user in state.users:
                 kinds = [user] if name(user) not in ("unsqueeze", "getitem") else list(user.users)
                 found.update(dict.fromkeys(u for u in kinds if name(u) in ("stack", *_CATS)))
-        replaced = []
+        replaced = {}
         for node in found:
             pieces = self._pieces(node)
             if pieces is None:
                 continue
             new = self._build(node, *pieces)
             node.replace_all_uses_with(new)
-            replaced.append(node)
+            replaced[node] = new
         return replaced
 
     def _pieces(self, node: Node) -> tuple[int, bool, list[range | Node]] | None:
@@ -640,13 +644,13 @@ def _run(steps: Sequence[int | None], start: int) -> int:
 # ---- layers of a stack -------------------------------------------------------------------------------------------------------
 
 
-def _merge_layers(graph: Graph, calls: list[Node]) -> dict[Node, Node]:
+def _merge_layers(graph: Graph, calls: list[Node], read: set[Node]) -> dict[Node, Node]:
     """Calls whose input is the output of another, and which nothing else needs, become one call with several layers: kernels
-    run layers of a stack side by side.  Returns the call that each is part of now."""
+    run layers of a stack side by side.  Returns the call that each is part of now.  Nodes in `read` stay."""
     now = {call: call for call in calls}
     for upper in sorted(calls):
         lower = now.get(upper.args[0].args[0]) if name(upper.args[0]) == "getitem" else None  # type: ignore[union-attr,index]
-        if lower is None or not _are_layers(lower, upper):
+        if lower is None or not read.isdisjoint((*lower.users, *upper.users)) or not _are_layers(lower, upper):
             continue
         emit = Emitter(graph, upper, upper)
         hx = emit(aten.cat.default, [lower.args[1], upper.args[1]], 0)
