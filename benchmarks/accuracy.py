@@ -40,6 +40,7 @@ GRUS = {
     "kb39, T=64": (64, 10, 128, 256, 6, False, True),
     "h512": (64, 16, 512, 512, 2, False, True),
     "long": (1000, 4, 64, 128, 1, False, True),
+    "longest": (2000, 4, 128, 256, 1, False, True),
     "wide": (16, 300, 128, 256, 1, False, True),
     "stream1": (1000, 1, 256, 256, 2, False, True),
     "h64": (200, 64, 64, 64, 2, False, True),
