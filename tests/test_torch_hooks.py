@@ -325,3 +325,20 @@ def test_the_backend_is_found_behind_ddps_splitting_of_graphs():
     inductor = torch._TorchCompileInductorWrapper("default", None, None)
     splitting = DDPOptimizer(bucket_bytes_cap=25 * 2**20, backend_compile_fn=inductor).compile_fn
     assert torch_hooks.innermost_backend(splitting) is inductor
+
+
+def test_tensors_that_share_memory():
+    x, y = torch.ones(3), torch.ones(3)
+    key = torch_hooks.storage_key
+    assert key(x) == key(x[1:]) != key(y)
+    assert key(torch.eye(2).to_sparse()) == key(torch.ones(2, 2).to_sparse()) != key(x)  # none is told from another
+    seen = []
+
+    def function(x):
+        seen.extend((key(x), key(x[1:]), key(x * 2)))
+        return x.sum()
+
+    torch.func.grad(function)(x)
+    assert seen[0] == seen[1] == key(x) != seen[2]
+    torch.vmap(lambda x: seen.append(key(x)) or x)(y)
+    assert seen[-1] == key(y)

@@ -809,8 +809,17 @@ def known_equal(left: Any, right: Any) -> bool:
 
 
 def storage_key(tensor: Tensor) -> int:
-    """A number that two tensors share exactly while they share memory; fake tensors too."""
-    return tensor.untyped_storage()._cdata
+    """A number that two tensors share exactly while they share memory; fake tensors too, and those of `torch.func`.
+
+    All tensors without one memory, as sparse ones, share 0.
+    """
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    try:
+        return tensor.untyped_storage()._cdata
+    except NotImplementedError:
+        return 0
 
 
 def is_overload(target: Any) -> bool:
