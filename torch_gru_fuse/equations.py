@@ -164,6 +164,22 @@ def gru_layer(
     return torch.stack(out), h
 
 
+def _step_saving(
+    gi: Tensor, h: Tensor, w_hh_t: Tensor, b_hh: Tensor | None, out: Tensor, gates: Tensor
+) -> Tensor:
+    """One step from gi [B, 3H] and h [B, H]: fills out [B, H], which is returned, and gates [B, 4, H] = (r, z, n, hn).
+
+    w_hh_t: W_hh^T, [H, 3H].  Seven operations, all into memory that exists.
+    """
+    hidden = h.shape[1]
+    gh = h @ w_hh_t if b_hh is None else torch.addmm(b_hh, h, w_hh_t)
+    r, z, n, hn = gates.unbind(1)
+    torch.add(gi[:, : 2 * hidden], gh[:, : 2 * hidden], out=gates[:, :2].flatten(1)).sigmoid_()
+    hn.copy_(gh[:, 2 * hidden :])
+    torch.addcmul(gi[:, 2 * hidden :], r, hn, out=n).tanh_()
+    return torch.lerp(n, h, z, out=out)
+
+
 def gru_layer_saving(
     x: Tensor,
     h0: Tensor,
@@ -179,22 +195,15 @@ def gru_layer_saving(
 ) -> None:
     """:func:`gru_layer` for training: fills out [T, B, H] and gates [T, B, 4, H] = (r, z, n, hn), what the backward needs.
 
-    Seven operations a step, all into memory that exists.  Not differentiable.
+    Not differentiable.
     """
-    hidden = h0.shape[1]
     gi = linear(x, w_ih, b_ih)
     w_hh = w_hh.t()
     steps = range(x.shape[0])
     keep = _keep_of_steps(keep, x.shape[0])
     h = h0
     for t in reversed(steps) if reverse else steps:
-        h = kept(h, keep[t])
-        gh = h @ w_hh if b_hh is None else torch.addmm(b_hh, h, w_hh)
-        r, z, n, hn = gates[t].unbind(1)
-        torch.add(gi[t, :, : 2 * hidden], gh[:, : 2 * hidden], out=gates[t, :, :2].flatten(1)).sigmoid_()
-        hn.copy_(gh[:, 2 * hidden :])
-        torch.addcmul(gi[t, :, 2 * hidden :], r, hn, out=n).tanh_()
-        h = torch.lerp(n, h, z, out=out[t])
+        h = _step_saving(gi[t], kept(h, keep[t]), w_hh, b_hh, out[t], gates[t])
 
 
 def gru_layer_backward(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from torch_gru_fuse.equations import _gate_derivatives, _gates, _parameter_gradients, _rotate
+from torch_gru_fuse.equations import _gate_derivatives, _gates, _parameter_gradients, _rotate, _step_saving
 
 __all__ = ["gru_layer", "gru_layer_backward", "gru_layer_gradients", "gru_layer_saving"]
 
@@ -90,7 +90,6 @@ def gru_layer_saving(
     sizes: Sequence[int],
 ) -> None:
     """:func:`gru_layer` for training: fills out [N, H], gates [N, 4, H] = (r, z, n, hn) and h_n [B, H].  Not differentiable."""
-    hidden = h0.shape[1]
     gi = linear(x, w_ih, b_ih)
     w_hh = w_hh.t()
     h = h0[:0]
@@ -102,12 +101,7 @@ def gru_layer_saving(
             h_n[size:active] = h[size:]
             h = h[:size]
         rows = slice(start, start + size)
-        gh = h @ w_hh if b_hh is None else torch.addmm(b_hh, h, w_hh)
-        r, z, n, hn = gates[rows].unbind(1)
-        torch.add(gi[rows, : 2 * hidden], gh[:, : 2 * hidden], out=gates[rows, :2].flatten(1)).sigmoid_()
-        hn.copy_(gh[:, 2 * hidden :])
-        torch.addcmul(gi[rows, 2 * hidden :], r, hn, out=n).tanh_()
-        h = torch.lerp(n, h, z, out=out[rows])
+        h = _step_saving(gi[rows], h, w_hh, b_hh, out[rows], gates[rows])
     h_n[: h.shape[0]] = h
 
 
