@@ -232,19 +232,21 @@ def compile_whole_sequence(
     batch: int,
     hidden: int,
     reverse: bool = False,
+    pair: int | None = None,
     steps: int = 16,
     bias: bool = True,
     save_gates: bool = False,
     masked: bool = False,
     capability: int = 89,
 ) -> Resources:
-    """One launch of a plan: a stack, a layer, or, if ``reverse``, both directions of one.
+    """One launch of a plan: a stack, a layer, if ``reverse`` both directions of one, or a ``pair``.
 
     hidden: any; it is padded as there.  masked: with dropout.  steps, batch: not part of the code.
     """
     new = functools.partial(torch.empty, dtype=dtype, device="meta")
     lanes, padded = plan.lanes, -(-hidden // 16) * 16
-    stack = lanes > 1 and not reverse
+    stack = lanes > 1 and not reverse and pair is None
+    two = () if pair is None else (2,)
     resident_plan = plan.kernel.name == "resident"
     launch, kernel = {
         "resident": (resident.resident_launch, resident.resident_kernel),
@@ -256,13 +258,13 @@ def compile_whole_sequence(
     if plan.kernel.name == "staged" and plan.kernel.ring:
         below = new(2, plan.kernel.ring_rows(batch), lanes * padded)
     _, arguments = launch(
-        new(*((2,) if reverse else ()), steps, batch, 3 * padded),
+        new(*((2,) if reverse else two), steps, batch, 3 * padded),
         new(batch, 2 * padded) if reverse and not resident_plan else new(lanes, batch, padded),
         below,
         [w] * (lanes - 1 if stack else 0), [w] * lanes, [b] * lanes if bias else None, [b] * lanes if bias else None,
-        new(steps, batch, (2 if reverse else 1) * padded), new(lanes, batch, padded),
+        new(*two, steps, batch, (2 if reverse else 1) * padded), new(lanes, batch, padded),
         new(lanes, steps, batch, 4, padded) if save_gates else None,
-        new(4, dtype=torch.int64), plan=plan.kernel, units=hidden,
+        new(4, dtype=torch.int64), plan=plan.kernel, units=hidden, pair=pair,
         **(dict.fromkeys(("masks", "handed"), new(lanes - 1, steps, batch, padded)) if masked else {}),
     )  # fmt: skip
     return compile_launch(kernel, arguments, capability=capability)
@@ -275,6 +277,7 @@ def compile_whole_sequence_backward(
     batch: int,
     hidden: int,
     reverse: bool = False,
+    pair: int | None = None,
     steps: int = 16,
     masked: bool = False,
     capability: int = 89,
@@ -282,19 +285,20 @@ def compile_whole_sequence_backward(
     """One launch of a plan's backward; hidden is a multiple of 16.  steps, batch: not part of the code."""
     new = functools.partial(torch.empty, dtype=dtype, device="meta")
     lanes = plan.lanes
-    stack = lanes > 1 and not reverse
+    stack = lanes > 1 and not reverse and pair is None
+    two = () if pair is None else (2,)
     launch, kernel = {
         "resident": (resident_backward.resident_backward_launch, resident_backward.resident_backward_kernel),
         "staged": (staged_backward.staged_backward_launch, staged_backward.staged_backward_kernel),
         "wavefront": (wavefront_backward.wavefront_backward_launch, wavefront_backward.wavefront_backward_kernel),
     }[plan.kernel.name]
-    w, out, state = new(3 * hidden, hidden), new(steps, batch, (2 if reverse else 1) * hidden), new(lanes, batch, hidden)
+    w, out, state = new(3 * hidden, hidden), new(*two, steps, batch, (2 if reverse else 1) * hidden), new(lanes, batch, hidden)
     gates, below = new(lanes, steps, batch, 4, hidden), new(lanes - 1, steps, batch, hidden) if stack else None
     programs = -(-batch // (plan.kernel.rows * getattr(plan.kernel, "tiles", 1)))
     _, arguments = launch(
         out, state, state, out, below, gates, [w] * (lanes - 1 if stack else 0), [w] * lanes, gates, state,
         new(lanes, programs, 4, hidden, dtype=torch.float32), new(4, dtype=torch.int64),
-        plan=plan.kernel, **({"masks": below} if masked else {}),
+        plan=plan.kernel, pair=pair, **({"masks": below} if masked else {}),
     )  # fmt: skip
     return compile_launch(kernel, arguments, capability=capability)
 

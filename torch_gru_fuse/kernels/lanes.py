@@ -1,7 +1,7 @@
 """What the kernels that run whole sequences in one launch share: a lane's gates, products and partial sums, and its launch.
 
-A lane is a layer of a stack, or a direction of a single layer.  Parameters are those of the module, never packed: one pointer
-a lane, of which a program selects its own.
+A lane is a layer of a stack, a direction of a single layer, or a layer of a pair: two layers of which none is the other's input.
+Parameters are those of the module, never packed: one pointer a lane, of which a program selects its own.
 
 Names as in ``gates``; besides: ``l`` is a lane, ``s_`` is shared memory, U units and N batch rows make a program's tile.
 """
@@ -30,6 +30,12 @@ def select(pointers, i):
     for k in gl.static_range(1, len(pointers)):
         p = gl.where(i == k, pointers[k], p)
     return p
+
+
+@gluon.jit
+def walks_back(l, PAIRED: gl.constexpr):
+    """1 if lane l of a pair goes through time backwards, else 0."""
+    return (PAIRED >> l) & 1
 
 
 @gluon.jit
@@ -185,16 +191,19 @@ def most_registers(num_warps: int) -> int:
     return min(255, 65536 // (32 * num_warps))
 
 
-def check_launch(gi, h0, below, w_ih, w_hh, out, h_n, gates, masks=None, handed=None) -> bool:
+def check_launch(gi, h0, below, w_ih, w_hh, out, h_n, gates, masks=None, handed=None, pair=None) -> bool:
     """Sizes; whether the lanes are two directions."""
-    steps, batch = out.shape[:2]
+    steps, batch = out.shape[-3:-1]
     lanes, hidden = len(w_hh), h_n.shape[2]
-    reverse = gi.dim() == 4
+    reverse = gi.dim() == 4 and pair is None
     assert hidden % 16 == 0  # rows are read in vectors
     assert h_n.shape == (lanes, batch, hidden) and all(w.shape == (3 * hidden, hidden) for w in (*w_ih, *w_hh))
     if reverse:
         assert lanes == 2 and gi.shape == (2, steps, batch, 3 * hidden)
         assert h0.shape == (batch, 2 * hidden) and out.shape == (steps, batch, 2 * hidden)
+    elif pair is not None:
+        assert lanes == 2 and pair in range(4) and gi.shape == (2, steps, batch, 3 * hidden) and not w_ih and masks is None
+        assert h0.shape == (2, batch, hidden) and out.shape == (2, steps, batch, hidden)
     else:
         assert gi.shape == (steps, batch, 3 * hidden) and len(w_ih) == lanes - 1
         assert h0.shape == (lanes, batch, hidden) and out.shape == (steps, batch, hidden)
@@ -216,22 +225,24 @@ def launch_arguments(
         p_b_ih=None if b_ih is None else tuple(b_ih), p_b_hh=None if b_hh is None else tuple(b_hh),
         p_masks=masks, p_masked=handed,
         p_out=out, p_h_n=h_n, p_gates=out if gates is None else gates, p_error=error,
-        T=out.shape[0], B=out.shape[1],
+        T=out.shape[-3], B=out.shape[-2],
     )  # fmt: skip
 
 
-def check_backward(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums) -> bool:
+def check_backward(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, pair=None) -> bool:
     """Sizes of a backward launch; whether the lanes are two directions."""
-    steps, batch = out.shape[:2]
+    steps, batch = out.shape[-3:-1]
     lanes, _, hidden = h0.shape
-    reverse = lanes == 2 and out.shape[2] == 2 * hidden
+    reverse = lanes == 2 and out.shape[-1] == 2 * hidden
     assert hidden % 16 == 0 and len(w_hh) == lanes
-    assert out.shape == (steps, batch, hidden * (2 if reverse else 1)) and (dy is None or dy.shape == out.shape)
+    assert pair is None or lanes == 2 and pair in range(4)
+    assert out.shape == (*([] if pair is None else [2]), steps, batch, hidden * (2 if reverse else 1))
+    assert dy is None or dy.shape == out.shape
     assert h0.shape == dhx.shape == (lanes, batch, hidden) and (dhn is None or dhn.shape == h0.shape)
     assert gates.shape == d_gates.shape == (lanes, steps, batch, 4, hidden)
     assert sums.shape[::2] == (lanes, 4) and sums.shape[3] == hidden
     assert all(w.shape == (3 * hidden, hidden) for w in (*w_ih, *w_hh))
-    if reverse or lanes == 1:
+    if reverse or lanes == 1 or pair is not None:
         assert not w_ih and masks is None
     else:
         assert len(w_ih) == lanes - 1 and below is not None and below.shape == (lanes - 1, steps, batch, hidden)
@@ -248,5 +259,5 @@ def backward_arguments(
     return dict(
         p_dy=dy, p_dhn=dhn, p_h0=h0, p_out=out, p_below=out if below is None else below, p_gates=gates,
         p_w_ih=tuple(w_ih or w_hh[:1]), p_w_hh=tuple(w_hh), p_masks=masks,
-        p_d_gates=d_gates, p_dhx=dhx, p_sums=sums, p_error=error, T=out.shape[0], B=out.shape[1],
+        p_d_gates=d_gates, p_dhx=dhx, p_sums=sums, p_error=error, T=out.shape[-3], B=out.shape[-2],
     )  # fmt: skip

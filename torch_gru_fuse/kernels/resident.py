@@ -33,6 +33,7 @@ from .lanes import (
     shared_row,
     sigmoid,
     tanh,
+    walks_back,
 )
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def resident_kernel(
     T, B,
     LANES: gl.constexpr, H: gl.constexpr, HX: gl.constexpr,
     U: gl.constexpr, N: gl.constexpr,
-    REVERSE: gl.constexpr, SAVE_GATES: gl.constexpr,
+    REVERSE: gl.constexpr, PAIRED: gl.constexpr, SAVE_GATES: gl.constexpr,
     EARLY: gl.constexpr, TIMEOUT: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
@@ -100,7 +101,7 @@ def resident_kernel(
     Bound by latency: shared memory, a chain of H products, four special functions, a barrier.
     """
     dtype: gl.constexpr = p_out.dtype.element_ty
-    STACK: gl.constexpr = LANES > 1 and not REVERSE
+    STACK: gl.constexpr = LANES > 1 and not REVERSE and PAIRED is None
     ROW_H: gl.constexpr = 2 * H if REVERSE else H
     ROW_G: gl.constexpr = 3 * H
     BYTES: gl.constexpr = dtype.primitive_bitwidth // 8
@@ -137,6 +138,17 @@ def resident_kernel(
         if SAVE_GATES:
             p_save += l * ((2 * steps - B) * (4 * H))
         sign = 1 - 2 * l
+        stride_ht *= sign
+        stride_gt *= sign
+        stride_st *= sign
+    elif PAIRED is not None:
+        back = walks_back(l, PAIRED)
+        first = l * steps + back * (steps - B)
+        p_seq += first * ROW_H
+        p_gi += first * ROW_G
+        if SAVE_GATES:
+            p_save += first * (4 * H)
+        sign = 1 - 2 * back
         stride_ht *= sign
         stride_gt *= sign
         stride_st *= sign
@@ -298,16 +310,17 @@ def resident_kernel(
 
 
 def resident_constants(
-    plan: ResidentPlan, *, lanes: int, hidden: int, units: int, reverse: bool, save_gates: bool, timeout_ns: int
-) -> dict[str, Any]:
+    plan: ResidentPlan, *, lanes: int, hidden: int, units: int, reverse: bool, save_gates: bool, timeout_ns: int,
+    pair: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """What selects the code of ``resident_kernel``: its constants and options.  units: without padding."""
     return dict(
         LANES=lanes, H=hidden, HX=units,
         U=plan.units, N=plan.rows,
-        REVERSE=reverse, SAVE_GATES=save_gates,
+        REVERSE=reverse, PAIRED=pair, SAVE_GATES=save_gates,
         EARLY=plan.early, TIMEOUT=timeout_ns,
         num_warps=plan.num_warps, maxnreg=most_registers(plan.num_warps),
-        launch_cooperative_grid=lanes > 1 and not reverse,
+        launch_cooperative_grid=lanes > 1 and not reverse and pair is None,
     )  # fmt: skip
 
 
@@ -328,16 +341,17 @@ def resident_launch(
     units: int | None = None,
     masks: Tensor | None = None,
     handed: Tensor | None = None,
+    pair: int | None = None,
     timeout_ns: int = 10_000_000_000,
 ) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and arguments of ``resident_kernel``; the tensors are those of ``wavefront_launch``, h0 is [lanes, B, H]."""
     lanes, (batch, hidden) = len(w_hh), h_n.shape[1:]
     assert h0.shape == h_n.shape and h0.is_contiguous()
-    reverse = gi.dim() == 4
-    check_launch(gi, h0.view(batch, -1) if reverse else h0, below, w_ih, w_hh, out, h_n, gates, masks, handed)
+    reverse = gi.dim() == 4 and pair is None
+    check_launch(gi, h0.view(batch, -1) if reverse else h0, below, w_ih, w_hh, out, h_n, gates, masks, handed, pair)
     arguments = launch_arguments(gi, h0, below, w_ih, w_hh, b_ih, b_hh, out, h_n, gates, error, masks, handed)
     arguments |= resident_constants(
         plan, lanes=lanes, hidden=hidden, units=units or hidden, reverse=reverse, save_gates=gates is not None,
-        timeout_ns=timeout_ns,
+        timeout_ns=timeout_ns, pair=pair,
     )
     return (plan.programs(lanes, batch),), arguments

@@ -36,6 +36,7 @@ from .lanes import (
     round_operand,
     round_parameter,
     select,
+    walks_back,
     without_pattern,
 )
 
@@ -486,7 +487,7 @@ def resident_backward_kernel(
     T, B,
     LANES: gl.constexpr, H: gl.constexpr,
     U: gl.constexpr, N: gl.constexpr,
-    REVERSE: gl.constexpr, TIMEOUT: gl.constexpr,
+    REVERSE: gl.constexpr, PAIRED: gl.constexpr, TIMEOUT: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
     """All T steps of one lane for N batch rows, the last step first; equations, arguments and results are those of
@@ -502,7 +503,7 @@ def resident_backward_kernel(
     Bytes a step: gates 4NH, state NH and dy NH read, gradients 4NH written; between lanes 3NH read, a mask NH, NH written.
     Bound by latency: shared memory, a chain of H products, a barrier.
     """
-    STACK: gl.constexpr = LANES > 1 and not REVERSE
+    STACK: gl.constexpr = LANES > 1 and not REVERSE and PAIRED is None
     ROW_H: gl.constexpr = 2 * H if REVERSE else H
     pid = gl.program_id(0)
     PROGRAMS_B = (B + N - 1) // N
@@ -517,6 +518,10 @@ def resident_backward_kernel(
     if REVERSE:
         last *= 1 - l
         sign = 2 * l - 1
+    elif PAIRED is not None:
+        back = walks_back(l, PAIRED)
+        last *= 1 - back
+        sign = 2 * back - 1
     strides = (sign * B * (4 * H), sign * B * ROW_H)
     if STACK and l >= LANES:
         o_d = ((l - LANES) * steps + last) * (4 * H)
@@ -533,6 +538,8 @@ def resident_backward_kernel(
         o_h = last * ROW_H
         if REVERSE:
             o_h += l * H
+        elif PAIRED is not None:
+            o_h += l * (steps * H)
         p_h = p_out
         if STACK:
             p_h = gl.where(l == LANES - 1, p_out, p_below + l * (steps * H))
@@ -558,14 +565,14 @@ def resident_backward_kernel(
 
 
 def resident_backward_constants(
-    plan: ResidentPlan, *, lanes: int, hidden: int, reverse: bool, timeout_ns: int
+    plan: ResidentPlan, *, lanes: int, hidden: int, reverse: bool, timeout_ns: int, pair: int | None = None
 ) -> dict[str, Any]:
     """What selects the code of ``resident_backward_kernel``: its constants and options."""
     return dict(
         LANES=lanes, H=hidden, U=plan.units, N=plan.rows,
-        REVERSE=reverse, TIMEOUT=timeout_ns,
+        REVERSE=reverse, PAIRED=pair, TIMEOUT=timeout_ns,
         num_warps=plan.num_warps, maxnreg=most_registers(plan.num_warps),
-        launch_cooperative_grid=lanes > 1 and not reverse,
+        launch_cooperative_grid=lanes > 1 and not reverse and pair is None,
     )  # fmt: skip
 
 
@@ -585,13 +592,17 @@ def resident_backward_launch(
     *,
     plan: ResidentPlan,
     masks: Tensor | None = None,
+    pair: int | None = None,
     timeout_ns: int = 10_000_000_000,
 ) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and arguments of ``resident_backward_kernel``; the tensors are those of ``wavefront_backward_launch``, but only a
     stack's d_gates has to be filled.  A stack of L lanes takes as many programs as 2L-1 lanes."""
     lanes, batch, hidden = h0.shape
-    reverse = check_backward(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums)
+    reverse = check_backward(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, pair)
     assert sums.shape[1] == -(-batch // plan.rows)
     arguments = backward_arguments(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, error)
-    arguments |= resident_backward_constants(plan, lanes=lanes, hidden=hidden, reverse=reverse, timeout_ns=timeout_ns)
-    return (plan.programs(lanes if reverse else 2 * lanes - 1, batch),), arguments
+    arguments |= resident_backward_constants(
+        plan, lanes=lanes, hidden=hidden, reverse=reverse, timeout_ns=timeout_ns, pair=pair
+    )
+    stack = not reverse and pair is None
+    return (plan.programs(2 * lanes - 1 if stack else lanes, batch),), arguments

@@ -35,6 +35,7 @@ from .lanes import (
     shared_row,
     sigmoid,
     tanh,
+    walks_back,
 )
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def staged_kernel(
     LANES: gl.constexpr, H: gl.constexpr, HX: gl.constexpr,
     U: gl.constexpr, N: gl.constexpr, TILES: gl.constexpr,
     KS: gl.constexpr, MS: gl.constexpr, PIECES: gl.constexpr, SHARE: gl.constexpr, RING: gl.constexpr,
-    SAVE_GATES: gl.constexpr, TIMEOUT: gl.constexpr,
+    PAIRED: gl.constexpr, SAVE_GATES: gl.constexpr, TIMEOUT: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
     """All T steps of U units of one lane, for TILES tiles of N batch rows.
@@ -178,7 +179,8 @@ def staged_kernel(
         h_t  = n + z * (h - n)
 
     gi = x W_i^T of each lane, [lanes, T, B, 3H], comes without bias.  Lane 1, if there are two, walks time backwards.  p_h0 and
-    p_out hold rows of all lanes side by side, [B, lanes * H] and [T, B, lanes * H].  p_h_n is [lanes, B, H].  p_w_ih and the
+    p_out hold rows of all lanes side by side, [B, lanes * H] and [T, B, lanes * H].  Or, of a pair (PAIRED: as in
+    ``wavefront_kernel``), one lane after the other, [lanes, B, H] and [lanes, T, B, H].  p_h_n is [lanes, B, H].  p_w_ih and the
     masks, which only a stack has, are not used.  H is a multiple of 16; units from HX on are padding and stay 0.
     States cross in p_out, which comes filled with the pattern, and p_below is not used.  Or, if RING, in p_below, [2, rows,
     lanes * H] with the rows of all tiles: fp32, the state before step t at t % 2, as tf32, with the epoch (t / 2 + 1) % 2.
@@ -196,7 +198,7 @@ def staged_kernel(
     dtype: gl.constexpr = p_out.dtype.element_ty
     BYTES: gl.constexpr = dtype.primitive_bitwidth // 8
     VECTOR: gl.constexpr = 16 // BYTES
-    ROW_H: gl.constexpr = LANES * H
+    ROW_H: gl.constexpr = LANES * H if PAIRED is None else H
     ROW_G: gl.constexpr = 3 * H
     HP: gl.constexpr = 1 << (H - 1).bit_length()
     KC: gl.constexpr = HP // KS
@@ -233,21 +235,30 @@ def staged_kernel(
     rows = gl.cast(B, gl.int64)
     steps = T * rows
     sign = 1 - 2 * l
+    first = l * (2 * steps - B)
+    if PAIRED is not None:
+        back = walks_back(l, PAIRED)
+        sign = 1 - 2 * back
+        first = l * steps + back * (steps - B)
     stride_ot = sign * B * ROW_H
     stride_gt = sign * B * ROW_G
     stride_st = sign * B * (4 * H)
-    p_first = p_h0 + l * H
-    p_to = p_out + l * (H + (steps - B) * ROW_H)
+    if PAIRED is None:
+        p_first = p_h0 + l * H
+        p_to = p_out + l * (H + (steps - B) * ROW_H)
+    else:
+        p_first = p_h0 + l * (rows * H)
+        p_to = p_out + first * ROW_H
     if RING:
         p_old = p_below + l * H  # where the states before a step cross
         p_new = p_old + gl.cast(PROGRAMS_B, gl.int64) * (TILES * N * ROW_H)  # and those after it
     else:
         p_old = p_first
         p_new = p_to
-    p_g = p_gi + l * ((2 * steps - B) * ROW_G)
+    p_g = p_gi + first * ROW_G
     p_save = p_gates
     if SAVE_GATES:
-        p_save += l * ((2 * steps - B) * (4 * H))
+        p_save += first * (4 * H)
 
     # Weights [slices, units, k], in blocks of k.
     o_wu = gl.arange(0, U, gl.SliceLayout(0, gl.SliceLayout(2, copy_w)))
@@ -435,14 +446,16 @@ def staged_kernel(
 
 
 def staged_constants(
-    plan: StagedPlan, *, lanes: int, hidden: int, units: int, reverse: bool, save_gates: bool, timeout_ns: int
-) -> dict[str, Any]:
-    """Constants and options of ``staged_kernel``, which select its code; of several lanes it knows only two directions."""
-    assert lanes == (2 if reverse else 1)
+    plan: StagedPlan, *, lanes: int, hidden: int, units: int, reverse: bool, save_gates: bool, timeout_ns: int,
+    pair: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Constants and options of ``staged_kernel``, which select its code; of several lanes it knows two directions and a pair,
+    whose states do not cross in a ring."""
+    assert lanes == (1 if pair is None and not reverse else 2) and not (plan.ring and pair is not None)
     return dict(
         LANES=lanes, H=hidden, HX=units, U=plan.units, N=plan.rows, TILES=plan.tiles,
         KS=plan.slices, MS=plan.unit_warps, PIECES=plan.pieces, SHARE=plan.share, RING=plan.ring,
-        SAVE_GATES=save_gates, TIMEOUT=timeout_ns,
+        PAIRED=pair, SAVE_GATES=save_gates, TIMEOUT=timeout_ns,
         num_warps=plan.num_warps, maxnreg=most_registers(plan.num_warps), launch_cooperative_grid=True,
     )  # fmt: skip
 
@@ -462,16 +475,17 @@ def staged_launch(
     *,
     plan: StagedPlan,
     units: int | None = None,
+    pair: int | None = None,
     timeout_ns: int = 10_000_000_000,
 ) -> tuple[tuple[int], dict[str, Any]]:
-    """Grid and arguments of ``staged_kernel``: those of ``wavefront_launch`` for one layer; below is a ring or None."""
-    reverse = check_launch(gi, h0, below, w_ih, w_hh, out, h_n, gates)
+    """Grid and arguments of ``staged_kernel``: those of ``wavefront_launch`` for one layer or a pair; below is a ring or None."""
+    reverse = check_launch(gi, h0, below, w_ih, w_hh, out, h_n, gates, pair=pair)
     lanes, batch, hidden = h_n.shape
     if plan.ring:
         assert out.itemsize == 4 and below is not None and below.shape == (2, plan.ring_rows(batch), lanes * hidden)
     constants = staged_constants(
         plan, lanes=lanes, hidden=hidden, units=units or hidden, reverse=reverse, save_gates=gates is not None,
-        timeout_ns=timeout_ns,
+        timeout_ns=timeout_ns, pair=pair,
     )  # fmt: skip
     arguments = launch_arguments(gi, h0, below, w_ih, w_hh, b_ih, b_hh, out, h_n, gates, error)
     return (plan.programs(lanes, batch, hidden),), arguments | constants

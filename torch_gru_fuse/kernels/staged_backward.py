@@ -26,6 +26,7 @@ from .lanes import (
     most_registers,
     select,
     shared_bases,
+    walks_back,
     without_pattern,
 )
 from .staged import _copy_layout, _gi_layout, _row_bases, _weight_bases, load_weights, operand_order, read_gi
@@ -182,7 +183,7 @@ def staged_backward_kernel(
     LANES: gl.constexpr, H: gl.constexpr,
     U: gl.constexpr, N: gl.constexpr, TILES: gl.constexpr,
     KS: gl.constexpr, MS: gl.constexpr, PIECES: gl.constexpr, SHARE: gl.constexpr,
-    AHEAD: gl.constexpr, TIMEOUT: gl.constexpr,
+    PAIRED: gl.constexpr, AHEAD: gl.constexpr, TIMEOUT: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
     """All T steps of U units of one lane, for TILES tiles of N batch rows, from the last step to the first.
@@ -194,7 +195,8 @@ def staged_backward_kernel(
 
     Given: dy, p_dy [T, B, lanes * H], and the gradient of h_n, p_dhn [lanes, B, H], each None for 0; p_h0 [lanes, B, H], any
     values; of the forward p_out [T, B, lanes * H] and p_gates [lanes, T, B, 4, H] = r, z, n, hn.  Lane 1, if there are two,
-    went backwards in time and goes forwards here.  p_below, p_w_ih and p_masks, which only a stack has, are not used.
+    went backwards in time and goes forwards here.  Of a pair (PAIRED: as in ``wavefront_kernel``) dy and p_out are
+    [lanes, T, B, H].  p_below, p_w_ih and p_masks, which only a stack has, are not used.
     Made: p_d_gates [lanes, T, B, 4, H] = dhn, dr, dz, dn, which comes filled with the pattern; the gradient of h_0, p_dhx
     [lanes, B, H]; p_sums [lanes, programs along the batch, 4, H], float32 sums over steps and a program's rows of what was
     rounded to d_gates.
@@ -214,7 +216,7 @@ def staged_backward_kernel(
     dtype: gl.constexpr = p_d_gates.dtype.element_ty
     BYTES: gl.constexpr = dtype.primitive_bitwidth // 8
     VECTOR: gl.constexpr = 16 // BYTES
-    ROW_O: gl.constexpr = LANES * H
+    ROW_O: gl.constexpr = LANES * H if PAIRED is None else H
     ROW_G: gl.constexpr = 4 * H
     HP: gl.constexpr = 1 << (H - 1).bit_length()
     WHOLE: gl.constexpr = HP == H
@@ -257,10 +259,16 @@ def staged_backward_kernel(
     rows = gl.cast(B, gl.int64)
     steps = T * rows
     sign = 2 * l - 1
-    stride_ot = sign * B * ROW_O
-    stride_gt = sign * B * ROW_G
     first_o = l * H + (1 - l) * ((steps - B) * ROW_O)
     first_g = (steps - B + l * rows) * ROW_G
+    if PAIRED is not None:
+        back = walks_back(l, PAIRED)
+        sign = 2 * back - 1
+        first = l * steps + (1 - back) * (steps - B)
+        first_o = first * ROW_O
+        first_g = first * ROW_G
+    stride_ot = sign * B * ROW_O
+    stride_gt = sign * B * ROW_G
     p_g = p_gates + first_g
     p_new = p_d_gates + first_g
     p_old = p_g  # of the step that was done before; before the first: what is there, and the product is not used
@@ -454,13 +462,16 @@ def staged_backward_kernel(
         gl.store(p_s + g * H, b_sum, mask=o_u1 < H)
 
 
-def staged_backward_constants(plan: StagedPlan, *, lanes: int, hidden: int, reverse: bool, timeout_ns: int) -> dict[str, Any]:
-    """Constants and options of ``staged_backward_kernel``, which select its code; of several lanes it knows two directions."""
-    assert lanes == (2 if reverse else 1)
+def staged_backward_constants(
+    plan: StagedPlan, *, lanes: int, hidden: int, reverse: bool, timeout_ns: int, pair: int | None = None
+) -> dict[str, Any]:
+    """Constants and options of ``staged_backward_kernel``, which select its code; of several lanes it knows two directions and
+    a pair."""
+    assert lanes == (1 if pair is None and not reverse else 2)
     return dict(
         LANES=lanes, H=hidden, U=plan.units, N=plan.rows, TILES=plan.tiles,
         KS=plan.slices, MS=plan.unit_warps, PIECES=plan.pieces, SHARE=plan.share,
-        AHEAD=4 if plan.tiles == 1 else 0, TIMEOUT=timeout_ns,
+        PAIRED=pair, AHEAD=4 if plan.tiles == 1 else 0, TIMEOUT=timeout_ns,
         num_warps=plan.num_warps, maxnreg=most_registers(plan.num_warps), launch_cooperative_grid=True,
     )  # fmt: skip
 
@@ -481,16 +492,19 @@ def staged_backward_launch(
     *,
     plan: StagedPlan,
     masks: Tensor | None = None,
+    pair: int | None = None,
     timeout_ns: int = 10_000_000_000,
 ) -> tuple[tuple[int], dict[str, Any]]:
-    """Grid and arguments of ``staged_backward_kernel``: those of ``wavefront_backward_launch`` for one layer.
+    """Grid and arguments of ``staged_backward_kernel``: those of ``wavefront_backward_launch`` for one layer or a pair.
 
     All tensors begin at multiples of 16 bytes: vectors are copied to shared memory, and two halves are handed over as a word.
     sums: float32 [lanes, -(-B // (rows * tiles)), 4, H].
     """
     lanes, batch, hidden = h0.shape
-    reverse = check_backward(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums)
+    reverse = check_backward(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, pair)
     assert sums.shape[1] == -(-batch // (plan.rows * plan.tiles))
     arguments = backward_arguments(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, error)
-    arguments |= staged_backward_constants(plan, lanes=lanes, hidden=hidden, reverse=reverse, timeout_ns=timeout_ns)
+    arguments |= staged_backward_constants(
+        plan, lanes=lanes, hidden=hidden, reverse=reverse, timeout_ns=timeout_ns, pair=pair
+    )
     return (plan.programs(lanes, batch, hidden),), arguments

@@ -1,6 +1,6 @@
 """Whole sequences of a GRU in one launch: the weights of all lanes stay in registers, layers run one behind the other.
 
-A lane is a layer of a stack, or a direction of a single layer.  Its units are spread over programs; each keeps the rows of W
+A lane is a layer of a stack, a direction of a single layer, or a layer of a pair.  Its units are spread over programs; each keeps the rows of W
 that make its units, for the whole sequence, and states cross from program to program as ``handover`` says.  In a stack, layer l
 does step t while layer l-1 does step t+1, so L layers take T+L-1 steps, not L*T.
 
@@ -35,6 +35,7 @@ from .lanes import (
     shared_row,
     sigmoid,
     tanh,
+    walks_back,
 )
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def wavefront_kernel(
     LANES: gl.constexpr, H: gl.constexpr, HX: gl.constexpr,
     U: gl.constexpr, N: gl.constexpr,
     KX: gl.constexpr, KH: gl.constexpr, MS: gl.constexpr,
-    REVERSE: gl.constexpr, SAVE_GATES: gl.constexpr,
+    REVERSE: gl.constexpr, PAIRED: gl.constexpr, SAVE_GATES: gl.constexpr,
     STORE_FIRST: gl.constexpr, AHEAD: gl.constexpr, TIMEOUT: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
@@ -79,10 +80,11 @@ def wavefront_kernel(
         n    = tanh(x_t W_in^T + b_in + r * hn)
         h_t  = n + z * (h - n)
 
-    x_t W_i^T of lane 0, or of both directions [2, T, B, 3H], comes as gi; x of a higher layer is h_t of the lane below.
+    x_t W_i^T of lane 0, or of both directions or both layers of a pair [2, T, B, 3H], comes as gi; x of a higher layer is h_t of the lane below.
 
     States.  A stack: p_h0 [lanes, B, H], the highest lane's sequence is p_out [T, B, H], the others' are p_below
     [lanes-1, T, B, H].  Two directions (REVERSE): p_h0 [B, 2H], p_out [T, B, 2H]; lane 1 walks memory backwards, from row T-1.
+    A pair: p_h0 [2, B, H], p_out [2, T, B, H]; bit l of PAIRED is set where lane l walks memory backwards.  None: there is no pair.
     The state before the first step is in p_h0, those before others in the lane's sequence.  p_h_n [lanes, B, H].
     Dropout in a stack: p_masks, like p_below, multiply what a lane hands to the one above, which then takes it from p_masked,
     which is like p_below and filled with the pattern, too.
@@ -101,7 +103,7 @@ def wavefront_kernel(
     """
     dtype: gl.constexpr = p_out.dtype.element_ty
     BYTES: gl.constexpr = dtype.primitive_bitwidth // 8
-    STACK: gl.constexpr = LANES > 1 and not REVERSE
+    STACK: gl.constexpr = LANES > 1 and not REVERSE and PAIRED is None
     ROW_H: gl.constexpr = 2 * H if REVERSE else H
     ROW_G: gl.constexpr = 3 * H
     KS: gl.constexpr = KX + KH
@@ -144,6 +146,18 @@ def wavefront_kernel(
         if SAVE_GATES:
             p_save += l * ((2 * steps - B) * (4 * H))
         sign = 1 - 2 * l
+        stride_ht *= sign
+        stride_gt *= sign
+        stride_st *= sign
+    elif PAIRED is not None:
+        back = walks_back(l, PAIRED)
+        first = l * steps + back * (steps - B)
+        p_h0 += l * stride_ht
+        p_seq = p_out + first * ROW_H
+        p_gi += first * ROW_G
+        if SAVE_GATES:
+            p_save += first * (4 * H)
+        sign = 1 - 2 * back
         stride_ht *= sign
         stride_gt *= sign
         stride_st *= sign
@@ -379,14 +393,15 @@ def wavefront_kernel(
 
 
 def wavefront_constants(
-    plan: WavefrontPlan, *, lanes: int, hidden: int, units: int, reverse: bool, save_gates: bool, timeout_ns: int
-) -> dict[str, Any]:
+    plan: WavefrontPlan, *, lanes: int, hidden: int, units: int, reverse: bool, save_gates: bool, timeout_ns: int,
+    pair: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """What selects the code of ``wavefront_kernel``: its constants and options.  units: without padding."""
     return dict(
         LANES=lanes, H=hidden, HX=units,
         U=plan.units, N=plan.rows,
-        KX=plan.input_slices if lanes > 1 and not reverse else 0, KH=plan.slices, MS=plan.unit_warps,
-        REVERSE=reverse, SAVE_GATES=save_gates,
+        KX=plan.input_slices if lanes > 1 and not reverse and pair is None else 0, KH=plan.slices, MS=plan.unit_warps,
+        REVERSE=reverse, PAIRED=pair, SAVE_GATES=save_gates,
         STORE_FIRST=plan.store_first, AHEAD=plan.ahead, TIMEOUT=timeout_ns,
         num_warps=plan.num_warps, maxnreg=most_registers(plan.num_warps), launch_cooperative_grid=True,
     )  # fmt: skip
@@ -409,22 +424,24 @@ def wavefront_launch(
     units: int | None = None,
     masks: Tensor | None = None,
     handed: Tensor | None = None,
+    pair: int | None = None,
     timeout_ns: int = 10_000_000_000,
 ) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and arguments of ``wavefront_kernel``; all tensors are contiguous, and H is a multiple of 16.
 
-    gi: [T, B, 3H] of the lowest layer, or [2, T, B, 3H] of both directions, without biases, in the dtype of the states.
+    gi: [T, B, 3H] of the lowest layer, or [2, T, B, 3H] of both directions or of a pair, without biases, in the dtype of the states.
     h0, out, below: of ``prepare``.  h0 [lanes, B, H], out [T, B, H], below [lanes-1, T, B, H], or None of a single lane;
-    of two directions h0 [B, 2H], out [T, B, 2H].
+    of two directions h0 [B, 2H], out [T, B, 2H]; of a pair h0 [2, B, H], out [2, T, B, H].
     w_ih: [3H, H] of each lane but the lowest, empty where there is none.  w_hh, b_ih, b_hh: one of each lane.
     h_n: [lanes, B, H].  gates: [lanes, T, B, 4, H] or None.  error: int64[4], see ``handover``.
     units: those that are no padding.  masks, handed: with dropout in a stack, both like below; handed is filled like that.
+    pair: None, or which lanes of a pair walk backwards, a bit each.
     """
     lanes, (batch, hidden) = len(w_hh), h_n.shape[1:]
-    reverse = check_launch(gi, h0, below, w_ih, w_hh, out, h_n, gates, masks, handed)
+    reverse = check_launch(gi, h0, below, w_ih, w_hh, out, h_n, gates, masks, handed, pair)
     arguments = launch_arguments(gi, h0, below, w_ih, w_hh, b_ih, b_hh, out, h_n, gates, error, masks, handed)
     arguments |= wavefront_constants(
         plan, lanes=lanes, hidden=hidden, units=units or hidden, reverse=reverse, save_gates=gates is not None,
-        timeout_ns=timeout_ns,
+        timeout_ns=timeout_ns, pair=pair,
     )
     return (plan.programs(lanes, batch, hidden),), arguments

@@ -27,6 +27,7 @@ from .lanes import (
     round_parameter,
     select,
     shared_bases,
+    walks_back,
     without_pattern,
 )
 from .wavefront import _slice_length
@@ -85,7 +86,7 @@ def wavefront_backward_kernel(
     LANES: gl.constexpr, H: gl.constexpr,
     U: gl.constexpr, N: gl.constexpr,
     KX: gl.constexpr, KH: gl.constexpr, MS: gl.constexpr,
-    REVERSE: gl.constexpr, AHEAD: gl.constexpr, TIMEOUT: gl.constexpr,
+    REVERSE: gl.constexpr, PAIRED: gl.constexpr, AHEAD: gl.constexpr, TIMEOUT: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
     """All T steps of U units of one lane, for N batch rows, from the last step to the first.
@@ -95,7 +96,7 @@ def wavefront_backward_kernel(
         dr   = dn hn r (1 - r),          dz  = dh_t (h_{t-1} - n) z (1 - z)
         gradient of h_0 = z_0 dh_0 + (dr, dz, dhn)_0 W_h
 
-    dy of the highest lane, or of both directions, is p_dy [T, B, H] or [T, B, 2H], or None for 0; of a lane below another it is
+    dy of the highest lane, of both directions, or of a pair is p_dy [T, B, H], [T, B, 2H] or [2, T, B, H], or None for 0; of a lane below another it is
     (dr, dz, dn)_t W_i of that, times p_masks [lanes-1, T, B, H] if given (dropout).  The gradient of h_n is p_dhn
     [lanes, B, H], or None for 0.  Of the forward: p_h0 [lanes, B, H] as its caller gave it, its sequences p_out and p_below,
     and p_gates [lanes, T, B, 4, H] = r, z, n, hn.
@@ -112,7 +113,7 @@ def wavefront_backward_kernel(
     """
     dtype: gl.constexpr = p_d_gates.dtype.element_ty
     BYTES: gl.constexpr = dtype.primitive_bitwidth // 8
-    STACK: gl.constexpr = LANES > 1 and not REVERSE
+    STACK: gl.constexpr = LANES > 1 and not REVERSE and PAIRED is None
     ROW_H: gl.constexpr = 2 * H if REVERSE else H
     ROW_D: gl.constexpr = 4 * H
     KS: gl.constexpr = KX + KH
@@ -158,6 +159,14 @@ def wavefront_backward_kernel(
         p_d -= l * ((steps - rows) * ROW_D)
         p_g -= l * ((steps - rows) * ROW_D)
         o_y += l * (H - (steps - rows) * ROW_H)
+    elif PAIRED is not None:
+        back = walks_back(l, PAIRED)
+        sign = 2 * back - 1
+        stride_h = sign * B * ROW_H
+        stride_d = sign * B * ROW_D
+        p_d -= back * ((steps - rows) * ROW_D)
+        p_g -= back * ((steps - rows) * ROW_D)
+        o_y += (l * steps - back * (steps - rows)) * ROW_H
     elif STACK:
         p_seq = gl.where(l == LANES - 1, p_out, p_below + gl.minimum(l, LANES - 2) * (steps * H))
         p_x = gl.where(l < LANES - 1, p_d + steps * ROW_D, p_d)
@@ -350,13 +359,13 @@ def wavefront_backward_kernel(
 
 
 def wavefront_backward_constants(
-    plan: WavefrontPlan, *, lanes: int, hidden: int, reverse: bool, timeout_ns: int
+    plan: WavefrontPlan, *, lanes: int, hidden: int, reverse: bool, timeout_ns: int, pair: int | None = None
 ) -> dict[str, Any]:
     """What selects the code of ``wavefront_backward_kernel``: its constants and options."""
     return dict(
         LANES=lanes, H=hidden, U=plan.units, N=plan.rows,
-        KX=plan.input_slices if lanes > 1 and not reverse else 0, KH=plan.slices, MS=plan.unit_warps,
-        REVERSE=reverse, AHEAD=plan.ahead, TIMEOUT=timeout_ns,
+        KX=plan.input_slices if lanes > 1 and not reverse and pair is None else 0, KH=plan.slices, MS=plan.unit_warps,
+        REVERSE=reverse, PAIRED=pair, AHEAD=plan.ahead, TIMEOUT=timeout_ns,
         num_warps=plan.num_warps, maxnreg=most_registers(plan.num_warps), launch_cooperative_grid=True,
     )  # fmt: skip
 
@@ -377,18 +386,22 @@ def wavefront_backward_launch(
     *,
     plan: WavefrontPlan,
     masks: Tensor | None = None,
+    pair: int | None = None,
     timeout_ns: int = 10_000_000_000,
 ) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and arguments of ``wavefront_backward_kernel``; all tensors are contiguous, and H is a multiple of 16.
 
     dy: like out, or None.  dhn: [lanes, B, H] or None.  h0: [lanes, B, H].  out: [T, B, H] of a stack, [T, B, 2H] of two
-    directions.  below: [lanes-1, T, B, H] of a stack.  gates: [lanes, T, B, 4, H].  w_ih: [3H, H] of each lane of a stack but
+    directions, [2, T, B, H] of a pair.  below: [lanes-1, T, B, H] of a stack.  gates: [lanes, T, B, 4, H].  w_ih: [3H, H] of each lane of a stack but
     the lowest.  w_hh: one of each lane.  d_gates: like gates, filled with the pattern.  dhx: [lanes, B, H].
     sums: float32 [lanes, -(-B // rows), 4, H].  error: int64[4], see ``handover``.  masks: like below, or None.
+    pair: None, or which lanes of a pair walked backwards, a bit each.
     """
     lanes, batch, hidden = h0.shape
-    reverse = check_backward(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums)
+    reverse = check_backward(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, pair)
     assert sums.shape[1] == -(-batch // plan.rows)
     arguments = backward_arguments(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, error)
-    arguments |= wavefront_backward_constants(plan, lanes=lanes, hidden=hidden, reverse=reverse, timeout_ns=timeout_ns)
+    arguments |= wavefront_backward_constants(
+        plan, lanes=lanes, hidden=hidden, reverse=reverse, timeout_ns=timeout_ns, pair=pair
+    )
     return (plan.programs(lanes, batch, hidden),), arguments
