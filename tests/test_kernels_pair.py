@@ -1,5 +1,5 @@
-"""Pairs of layers in one launch, forward and backward, each lane in either direction of time: their mathematics on a CPU, and what
-they take when compiled."""
+"""Pairs of layers in one launch, forward and backward, each lane in either direction of time: their mathematics on a CPU, and
+what they take when compiled."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_lanes_do_not_mix(dtype):
         assert out[0, :, 1].isnan().all() and not out[1].isnan().any() and not h_n[1].isnan().any()
 
 
-# ---- compiled -------------------------------------------------------------------------------------------------------------------
+# ---- compiled -----------------------------------------------------------------------------------------------------------
 
 SHAPES = [(10, 256), (64, 64), (16, 512), (256, 256), (10, 112)]
 

@@ -1,7 +1,7 @@
 """What the kernels that run whole sequences in one launch share: a lane's gates, products and partial sums, and its launch.
 
-A lane is a layer of a stack, a direction of a single layer, or a layer of a pair: two layers of which none is the other's input.
-Parameters are those of the module, never packed: one pointer a lane, of which a program selects its own.
+A lane is a layer of a stack, a direction of a single layer, or a layer of a pair: two layers, none of which is the input of the
+other.  Parameters are those of the module, never packed: one pointer a lane, of which a program selects its own.
 
 Names as in ``gates``; besides: ``l`` is a lane, ``s_`` is shared memory, U units and N batch rows make a program's tile.
 """

@@ -179,8 +179,8 @@ def staged_kernel(
         h_t  = n + z * (h - n)
 
     gi = x W_i^T of each lane, [lanes, T, B, 3H], comes without bias.  Lane 1, if there are two, walks time backwards.  p_h0 and
-    p_out hold rows of all lanes side by side, [B, lanes * H] and [T, B, lanes * H].  Or, of a pair (PAIRED: as in
-    ``wavefront_kernel``), one lane after the other, [lanes, B, H] and [lanes, T, B, H].  p_h_n is [lanes, B, H].  p_w_ih and the
+    p_out hold rows of all lanes side by side, [B, lanes * H] and [T, B, lanes * H].  A pair is as in ``wavefront_kernel``.
+    p_h_n is [lanes, B, H].  p_w_ih and the
     masks, which only a stack has, are not used.  H is a multiple of 16; units from HX on are padding and stay 0.
     States cross in p_out, which comes filled with the pattern, and p_below is not used.  Or, if RING, in p_below, [2, rows,
     lanes * H] with the rows of all tiles: fp32, the state before step t at t % 2, as tf32, with the epoch (t / 2 + 1) % 2.
@@ -478,7 +478,7 @@ def staged_launch(
     pair: int | None = None,
     timeout_ns: int = 10_000_000_000,
 ) -> tuple[tuple[int], dict[str, Any]]:
-    """Grid and arguments of ``staged_kernel``: those of ``wavefront_launch`` for one layer or a pair; below is a ring or None."""
+    """Grid and arguments of ``staged_kernel``: those of ``wavefront_launch``, but for stacks; below is a ring or None."""
     reverse = check_launch(gi, h0, below, w_ih, w_hh, out, h_n, gates, pair=pair)
     lanes, batch, hidden = h_n.shape
     if plan.ring:

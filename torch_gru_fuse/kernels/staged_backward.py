@@ -195,8 +195,8 @@ def staged_backward_kernel(
 
     Given: dy, p_dy [T, B, lanes * H], and the gradient of h_n, p_dhn [lanes, B, H], each None for 0; p_h0 [lanes, B, H], any
     values; of the forward p_out [T, B, lanes * H] and p_gates [lanes, T, B, 4, H] = r, z, n, hn.  Lane 1, if there are two,
-    went backwards in time and goes forwards here.  Of a pair (PAIRED: as in ``wavefront_kernel``) dy and p_out are
-    [lanes, T, B, H].  p_below, p_w_ih and p_masks, which only a stack has, are not used.
+    went backwards in time and goes forwards here.  A pair is as in ``wavefront_backward_kernel``.
+    p_below, p_w_ih and p_masks, which only a stack has, are not used.
     Made: p_d_gates [lanes, T, B, 4, H] = dhn, dr, dz, dn, which comes filled with the pattern; the gradient of h_0, p_dhx
     [lanes, B, H]; p_sums [lanes, programs along the batch, 4, H], float32 sums over steps and a program's rows of what was
     rounded to d_gates.

@@ -1,8 +1,8 @@
 """Whole sequences of a GRU in one launch: the weights of all lanes stay in registers, layers run one behind the other.
 
-A lane is a layer of a stack, a direction of a single layer, or a layer of a pair.  Its units are spread over programs; each keeps the rows of W
-that make its units, for the whole sequence, and states cross from program to program as ``handover`` says.  In a stack, layer l
-does step t while layer l-1 does step t+1, so L layers take T+L-1 steps, not L*T.
+A lane is a layer of a stack, a direction of a single layer, or a layer of a pair.  Its units are spread over programs; each
+keeps the rows of W that make its units, for the whole sequence, and states cross from program to program as ``handover`` says.
+In a stack, layer l does step t while layer l-1 does step t+1, so L layers take T+L-1 steps, not L*T.
 
 Written in Gluon, because the layout is the point: a warp takes a slice of k, and the vectors that a thread polls are its own
 operands of the product.  Nothing is shared before the product, and one barrier adds the slices up.
@@ -80,11 +80,12 @@ def wavefront_kernel(
         n    = tanh(x_t W_in^T + b_in + r * hn)
         h_t  = n + z * (h - n)
 
-    x_t W_i^T of lane 0, or of both directions or both layers of a pair [2, T, B, 3H], comes as gi; x of a higher layer is h_t of the lane below.
+    x_t W_i^T of lane 0, or [2, T, B, 3H] of both directions or of a pair, comes as gi; x of a higher layer is h_t of the lane
+    below.
 
     States.  A stack: p_h0 [lanes, B, H], the highest lane's sequence is p_out [T, B, H], the others' are p_below
     [lanes-1, T, B, H].  Two directions (REVERSE): p_h0 [B, 2H], p_out [T, B, 2H]; lane 1 walks memory backwards, from row T-1.
-    A pair: p_h0 [2, B, H], p_out [2, T, B, H]; bit l of PAIRED is set where lane l walks memory backwards.  None: there is no pair.
+    A pair (PAIRED, else None): p_h0 [2, B, H], p_out [2, T, B, H]; lane l walks memory backwards where bit l of PAIRED is set.
     The state before the first step is in p_h0, those before others in the lane's sequence.  p_h_n [lanes, B, H].
     Dropout in a stack: p_masks, like p_below, multiply what a lane hands to the one above, which then takes it from p_masked,
     which is like p_below and filled with the pattern, too.
@@ -429,7 +430,8 @@ def wavefront_launch(
 ) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and arguments of ``wavefront_kernel``; all tensors are contiguous, and H is a multiple of 16.
 
-    gi: [T, B, 3H] of the lowest layer, or [2, T, B, 3H] of both directions or of a pair, without biases, in the dtype of the states.
+    gi: [T, B, 3H] of the lowest layer, or [2, T, B, 3H] of both directions or of a pair, without biases, in the dtype of the
+    states.
     h0, out, below: of ``prepare``.  h0 [lanes, B, H], out [T, B, H], below [lanes-1, T, B, H], or None of a single lane;
     of two directions h0 [B, 2H], out [T, B, 2H]; of a pair h0 [2, B, H], out [2, T, B, H].
     w_ih: [3H, H] of each lane but the lowest, empty where there is none.  w_hh, b_ih, b_hh: one of each lane.

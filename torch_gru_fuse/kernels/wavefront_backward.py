@@ -96,10 +96,10 @@ def wavefront_backward_kernel(
         dr   = dn hn r (1 - r),          dz  = dh_t (h_{t-1} - n) z (1 - z)
         gradient of h_0 = z_0 dh_0 + (dr, dz, dhn)_0 W_h
 
-    dy of the highest lane, of both directions, or of a pair is p_dy [T, B, H], [T, B, 2H] or [2, T, B, H], or None for 0; of a lane below another it is
-    (dr, dz, dn)_t W_i of that, times p_masks [lanes-1, T, B, H] if given (dropout).  The gradient of h_n is p_dhn
-    [lanes, B, H], or None for 0.  Of the forward: p_h0 [lanes, B, H] as its caller gave it, its sequences p_out and p_below,
-    and p_gates [lanes, T, B, 4, H] = r, z, n, hn.
+    dy of the highest lane, of both directions, or of a pair (PAIRED: as in ``wavefront_kernel``) is p_dy [T, B, H], [T, B, 2H]
+    or [2, T, B, H], as the sequences p_out are, or None for 0; of a lane below another it is (dr, dz, dn)_t W_i of that, times
+    p_masks [lanes-1, T, B, H] if given (dropout).  The gradient of h_n is p_dhn [lanes, B, H], or None for 0.  Of the forward:
+    p_h0 [lanes, B, H] as its caller gave it, its sequences p_out and p_below, and p_gates [lanes, T, B, 4, H] = r, z, n, hn.
 
     Results: p_d_gates [lanes, T, B, 4, H] = dhn, dr, dz, dn, which comes filled with the pattern; p_dhx [lanes, B, H], the
     gradient of h0; p_sums [lanes, programs along the batch, 4, H], float32 sums of d_gates over steps and rows.
@@ -392,8 +392,9 @@ def wavefront_backward_launch(
     """Grid and arguments of ``wavefront_backward_kernel``; all tensors are contiguous, and H is a multiple of 16.
 
     dy: like out, or None.  dhn: [lanes, B, H] or None.  h0: [lanes, B, H].  out: [T, B, H] of a stack, [T, B, 2H] of two
-    directions, [2, T, B, H] of a pair.  below: [lanes-1, T, B, H] of a stack.  gates: [lanes, T, B, 4, H].  w_ih: [3H, H] of each lane of a stack but
-    the lowest.  w_hh: one of each lane.  d_gates: like gates, filled with the pattern.  dhx: [lanes, B, H].
+    directions, [2, T, B, H] of a pair.  below: [lanes-1, T, B, H] of a stack.  gates: [lanes, T, B, 4, H].  w_ih: [3H, H] of
+    each lane of a stack but the lowest.  w_hh: one of each lane.  d_gates: like gates, filled with the pattern.  dhx:
+    [lanes, B, H].
     sums: float32 [lanes, -(-B // rows), 4, H].  error: int64[4], see ``handover``.  masks: like below, or None.
     pair: None, or which lanes of a pair walked backwards, a bit each.
     """
