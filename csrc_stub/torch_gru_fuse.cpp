@@ -17,6 +17,11 @@ TORCH_LIBRARY(torch_gru_fuse, m) {
       "gru_packed(Tensor data, Tensor batch_sizes, Tensor hx, Tensor[] params, bool has_biases, int num_layers, "
       "float dropout, bool train, bool bidirectional, *, bool recompute=False) -> (Tensor, Tensor)");
 
+  // Two calls of gru at once.
+  m.def(
+      "gru_pair(Tensor[] inputs, Tensor hx, Tensor[] params, bool has_biases, bool[] reverse, bool batch_first, *, "
+      "bool recompute=False) -> (Tensor, Tensor, Tensor)");
+
   // What a compiled graph holds.
   m.def(
       "gru_forward(Tensor input, Tensor hx, Tensor[] params, bool has_biases, int num_layers, bool bidirectional, "
@@ -25,6 +30,12 @@ TORCH_LIBRARY(torch_gru_fuse, m) {
       "gru_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor input, Tensor hx, Tensor[] params, bool has_biases, "
       "int num_layers, bool bidirectional, Tensor? dropout_masks, Tensor output, Tensor reserve, bool[] needs, "
       "Tensor? keep=None) -> Tensor[]");
+  m.def(
+      "gru_pair_forward(Tensor[] inputs, Tensor hx, Tensor[] params, bool has_biases, bool[] reverse, bool save, *, "
+      "bool recompute=False) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "gru_pair_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor[] inputs, Tensor hx, Tensor[] params, "
+      "bool has_biases, bool[] reverse, Tensor output, Tensor reserve, bool[] needs) -> Tensor[]");
   m.def(
       "gru_packed_forward(Tensor data, Tensor batch_sizes, Tensor hx, Tensor[] params, bool has_biases, int num_layers, "
       "bool bidirectional, Tensor? dropout_masks, bool save, *, bool recompute=False) -> (Tensor, Tensor, Tensor)");

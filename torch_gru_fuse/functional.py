@@ -14,7 +14,7 @@ from torch import Tensor
 import torch_gru_fuse.ops  # noqa: F401  (registers the ops)
 from torch_gru_fuse.ops.schemas import ops
 
-__all__ = ["gru", "gru_cell", "gru_packed"]
+__all__ = ["gru", "gru_cell", "gru_packed", "gru_pair"]
 
 
 def gru(
@@ -83,6 +83,48 @@ def gru(
         input, hx, list(params), has_biases, num_layers, dropout, train, bidirectional, batch_first, recompute=recompute,
         resets=resets, keep=keep,
     )  # fmt: skip
+
+
+def gru_pair(
+    inputs: Sequence[Tensor],
+    hx: Tensor,
+    params: Sequence[Tensor],
+    has_biases: bool,
+    reverse: Sequence[bool],
+    batch_first: bool,
+    *,
+    recompute: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Two GRUs of one layer at once, neither of which is the other's input.
+
+    Each is ``gru(input, state, weights, has_biases, 1, 0.0, False, False, batch_first)``; one that is reversed goes through time
+    backwards, as ``gru(input.flip(0), ...)[0].flip(0)`` does, without a copy.  On CUDA both run in one launch where that is
+    expected to be faster than one after the other, and everywhere else they are two calls.
+
+    T time steps, B batch, H hidden units, which both have in common; I input features, each its own.
+
+    Args:
+        inputs: two of [T, B, I], or [B, T, I] with `batch_first`; T at least 1.
+        hx: initial hidden states [2, B, H], one for each.
+        params: of the first, then of the second, w_ih [3H, I], w_hh [3H, H] and, with `has_biases`, b_ih [3H], b_hh [3H]; gates
+            in the order r, z, n.
+        has_biases: whether `params` holds biases.
+        reverse: of each, whether it goes through time backwards.
+        batch_first: layout of `inputs` and outputs.
+        recompute: with gradients, keep nothing but the results; the backward then runs the forward again.
+
+    Returns:
+        the outputs of both, [T, B, H] (or [B, T, H]), of the step at the place of its input, and h_n [2, B, H], the hidden
+        states after the last steps, which of a reversed one are the first in memory.  The outputs are parts of one tensor.
+
+    Dtypes: float16, bfloat16, float32, float64; one for all tensors.  TF32 as in :func:`gru`.
+
+    Raises:
+        RuntimeError: sizes, dtypes or devices do not fit; the message names the argument.
+    """
+    return ops.gru_pair.default(
+        list(inputs), hx, list(params), has_biases, list(reverse), batch_first, recompute=recompute
+    )
 
 
 def gru_packed(

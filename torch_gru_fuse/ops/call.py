@@ -7,16 +7,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_gru_fuse.ops.schemas import empty_gru_results, empty_packed_results, saved_gates, split_reserve
+from torch_gru_fuse.ops.schemas import (
+    empty_gru_results,
+    empty_packed_results,
+    empty_pair_results,
+    saved_gates,
+    split_reserve,
+)
 
 
 class _Layers:
-    """What calls of `gru_forward` and of `gru_packed_forward` have in common.
+    """What calls of `gru_forward`, `gru_packed_forward` and `gru_pair_forward` have in common.
 
     T time steps, B batch, I inputs, H units, L layers, D directions; a state is one layer and direction, state = layer*D + d.
     """
 
     __slots__ = ()
+
+    #: Of a pair, which of its layers go through time backwards, a bit each.
+    pair: int | None = None
 
     @property
     def H(self) -> int:
@@ -106,6 +115,88 @@ class GRUCall(_GRUFields, _Layers):
     def step_sizes(self) -> list[int]:
         """Rows of each step where they differ; of a call that is not packed none."""
         return []
+
+    def walks_back(self, d: int) -> bool:
+        """Whether a direction goes through time backwards."""
+        return d == 1
+
+    def input_of(self, layer: int, d: int, layer_outputs: Tensor) -> Tensor:
+        """What a direction of a layer was given."""
+        return self.layer_input(layer, layer_outputs)
+
+    def sequence_of(self, output: Tensor, d: int) -> Tensor:
+        """The states [T, B, H] of a direction in the output of its layer."""
+        return output[:, :, d * self.H : (d + 1) * self.H]
+
+
+class _PairFields(NamedTuple):
+    inputs: list[Tensor]  # two of [T, B, I], each with an I of its own
+    hx: Tensor  # [2, B, H]
+    params: list[Tensor]  # of each layer w_ih, w_hh and, with biases, b_ih, b_hh
+    has_biases: bool
+    reverse: list[bool]  # which of the two go through time backwards
+
+
+class PairCall(_PairFields, _Layers):
+    """The same of `gru_pair_forward` and `gru_pair_backward`; the two layers take the place of two directions of one."""
+
+    __slots__ = ()
+    num_layers, bidirectional, dropout_masks, keep = 1, False, None, None
+
+    @property
+    def input(self) -> Tensor:
+        """One of the two, which have T, B, dtype and device in common."""
+        return self.inputs[0]
+
+    @property
+    def T(self) -> int:
+        return self.input.shape[0]
+
+    @property
+    def B(self) -> int:
+        return self.input.shape[1]
+
+    @property
+    def D(self) -> int:
+        return 2
+
+    @property
+    def pair(self) -> int:
+        return self.reverse[0] | self.reverse[1] << 1
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What gradients are asked for, in the order of `needs`."""
+        return [*self.inputs, self.hx, *self.params]
+
+    def empty_results(self, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """output, h_n and reserve, allocated as the fake implementation says."""
+        return empty_pair_results(self.input, self.hx, save)
+
+    def saved_gates(self, reserve: Tensor) -> tuple[Tensor, Tensor]:
+        """layer_outputs, of which a single layer has none, and gates [1, 2, T, B, 4, H] = (r, z, n, hn) in a reserve."""
+        return saved_gates(reserve, (self.T, self.B), self.H, 1, 2)
+
+    def walks_back(self, d: int) -> bool:
+        """Whether a layer goes through time backwards."""
+        return self.reverse[d]
+
+    def input_of(self, layer: int, d: int, layer_outputs: Tensor) -> Tensor:
+        """What one of the two was given."""
+        return self.inputs[d]
+
+    def sequence_of(self, output: Tensor, d: int) -> Tensor:
+        """The states [T, B, H] of one of the two."""
+        return output[d]
+
+    def in_time(self, i: int, sequence: Tensor) -> Tensor:
+        """A sequence [T, ...] of the i-th layer in the order of its steps, or one that is in that order as it is in memory."""
+        return sequence.flip(0) if self.reverse[i] else sequence
+
+    def single(self, i: int) -> GRUCall:
+        """The call of `gru_forward` that is the i-th of the two, but for the order in time of its input and output."""
+        params = self.params[self.places(i)]
+        return GRUCall(self.in_time(i, self.inputs[i]), self.hx[i : i + 1], params, self.has_biases, 1, False, None)
 
 
 class _PackedFields(NamedTuple):

@@ -118,6 +118,41 @@ def check_gru(
         _fail(op, f"hx has batch size {h_batch}, but input has {batch} (size {tuple(x_size)}, {layout})")
 
 
+def check_gru_pair(
+    inputs: Sequence[Tensor],
+    hx: Tensor,
+    params: Sequence[Tensor],
+    has_biases: bool,
+    reverse: Sequence[bool],
+    batch_first: bool,
+) -> None:
+    op = "gru_pair"
+    for name, values in (("inputs", inputs), ("reverse", reverse)):
+        if len(values) != 2:
+            _fail(op, f"{name} has {len(values)} elements, expected 2, one for each layer")
+    if hx.dim() != 3 or hx.shape[0] != 2:
+        _fail(op, f"hx must be [2, B, H], one state for each layer, got size {tuple(hx.shape)}")
+    each = 4 if has_biases else 2
+    if len(params) != 2 * each:
+        kinds = ", ".join(("w_ih", "w_hh", "b_ih", "b_hh")[:each])
+        _fail(op, f"params has {len(params)} tensors, expected {2 * each}: {kinds} for each of 2 layers "
+                  f"(has_biases={has_biases})")  # fmt: skip
+    for i, input in enumerate(inputs):
+        try:
+            check_gru(
+                input, hx[i : i + 1], params[i * each : (i + 1) * each], has_biases, 1, 0.0, False, False, batch_first
+            )
+        except RuntimeError as error:
+            message = str(error).removeprefix("torch_gru_fuse.gru: ")
+            raise RuntimeError(f"torch_gru_fuse.{op}: of layer {i}, {message}") from None
+    first, second = inputs
+    if first.shape[:2] != second.shape[:2]:
+        layout = "[B, T]" if batch_first else "[T, B]"
+        _fail(op, f"inputs[1] has {layout} = {tuple(second.shape[:2])}, but inputs[0] has {tuple(first.shape[:2])}; expected "
+                  "the same")  # fmt: skip
+    _check_same_kind(op, "inputs[0]", first, (second,), lambda i: "inputs[1]")
+
+
 def check_resets(name: str, tensor: Tensor, input: Tensor, batch_first: bool) -> None:
     """`resets` or `keep` of a call whose input has been checked."""
     op = "gru"

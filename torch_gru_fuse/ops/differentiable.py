@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from torch_gru_fuse import equations, equations_packed, torch_hooks
-from torch_gru_fuse.ops.call import GRUCall, PackedCall
+from torch_gru_fuse.ops import two_calls
+from torch_gru_fuse.ops.call import GRUCall, PackedCall, PairCall
 from torch_gru_fuse.ops.schemas import ops
 
 
@@ -113,6 +114,33 @@ def gru_tangents(call: GRUCall, tangents: Sequence[Tensor | None]) -> tuple[Tens
             if layer < call.L - 1:
                 dx = call.mask(dx, layer)
         return dx.to(call.input.dtype), torch.stack(finals).to(call.input.dtype)
+
+
+# A pair: the same of each layer.
+
+
+def gru_pair_gradients(
+    call: PairCall, grad_output: Tensor | None, grad_h_n: Tensor | None, needs: Sequence[bool]
+) -> list[Tensor]:
+    """`gru_pair_backward` as a function of the gradients that arrive and of the call."""
+
+    def gradients(single, dy, dhn, output, reserve, of_single):
+        return gru_gradients(single, dy, dhn, of_single)
+
+    return two_calls.backward(call, grad_output, grad_h_n, None, None, needs, gradients)
+
+
+def gru_pair_tangents(call: PairCall, tangents: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+    """Tangents of output and h_n for those of `call.tensors`; None is zero."""
+    d_inputs, d_hx, d_params = tangents[:2], tangents[2], tangents[3:]
+    outputs, finals = [], []
+    for i in range(2):
+        dx = None if d_inputs[i] is None else call.in_time(i, d_inputs[i])
+        dhx = None if d_hx is None else d_hx[i : i + 1]
+        output, final = gru_tangents(call.single(i), (dx, dhx, *d_params[call.places(i)]))
+        outputs.append(call.in_time(i, output))
+        finals.append(final)
+    return torch.stack(outputs), torch.cat(finals)
 
 
 # Packed sequences: the same over the rows of each step.  Tangents are those of the equations.

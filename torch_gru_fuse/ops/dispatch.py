@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torch_gru_fuse import torch_hooks
 from torch_gru_fuse.ops import packed_path, timeouts, torch_path
-from torch_gru_fuse.ops.call import GRUCall, PackedCall
+from torch_gru_fuse.ops.call import GRUCall, PackedCall, PairCall
 from torch_gru_fuse.ops.checks import check_batch_sizes
 from torch_gru_fuse.ops.schemas import library, ops
 
@@ -48,6 +48,17 @@ def _implement(device_type: str, path) -> None:
             _, _, reserve = path().gru_forward(call, True)
         return path().gru_backward(call, grad_output, grad_h_n, output, reserve, needs)
 
+    def gru_pair_forward(*args, recompute=False):
+        *call, save = args
+        return path().gru_pair_forward(PairCall(*call), save)
+
+    def gru_pair_backward(grad_output, grad_h_n, *args):
+        *call, output, reserve, needs = args
+        call = PairCall(*call)
+        if not reserve.numel():  # nothing was saved
+            _, _, reserve = path().gru_pair_forward(call, True)
+        return path().gru_pair_backward(call, grad_output, grad_h_n, output, reserve, needs)
+
     def gru_cell_forward(*args):
         return path().gru_cell_forward(*args)
 
@@ -67,6 +78,7 @@ def _implement(device_type: str, path) -> None:
 
     for function in (
         gru_forward, gru_backward, gru_cell_forward, gru_cell_backward, gru_packed_forward, gru_packed_backward,
+        gru_pair_forward, gru_pair_backward,
     ):  # fmt: skip
         on_device = on_its_device(function) if device_type == "CUDA" else function
         library.impl(function.__name__, on_device, device_type)

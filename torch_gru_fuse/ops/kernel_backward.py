@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from operator import or_
 
 import torch
@@ -24,8 +25,8 @@ from torch_gru_fuse import equations, torch_hooks
 from torch_gru_fuse.kernels import launch
 from torch_gru_fuse.kernels import parameter_gradients as parameters
 from torch_gru_fuse.kernels.step import sequence_backward
-from torch_gru_fuse.ops import whole_backward
-from torch_gru_fuse.ops.call import GRUCall
+from torch_gru_fuse.ops import two_calls, whole_backward
+from torch_gru_fuse.ops.call import GRUCall, PairCall
 from torch_gru_fuse.planner.plan import Plan
 from torch_gru_fuse.planner.whole_sequence import WholeSequencePlan
 
@@ -73,7 +74,7 @@ def gru_backward(
                 out = output if layer == call.L - 1 else layer_outputs[layer]
                 _weight_gradients(call, layer, d_gates, layer_outputs, out, need_params, grad_params, in_order)
             top -= layers
-            grad = _input_gradient(call, top + 1, d_gates) if top >= 0 or need_input else None
+            grad = _input_gradient(call, call.states(top + 1), d_gates) if top >= 0 or need_input else None
             if top >= 0:
                 grad = call.mask(grad, top)
         if call.has_biases and any(need_params):
@@ -84,7 +85,55 @@ def gru_backward(
     return [g for g, need in zip([grad, grad_hx, *grad_params], needs, strict=True) if need]
 
 
-def _refuse(call: GRUCall, whole: WholeSequencePlan, error: launch.DoesNotFit) -> None:
+def gru_pair_backward(
+    call: PairCall,
+    plan: Plan,
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    output: Tensor,
+    reserve: Tensor,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """The same of a pair whose forward was one launch."""
+    need_inputs, need_hx, need_params = needs[:2], needs[2], needs[3:]
+    layer_outputs, gates = call.saved_gates(reserve)
+    whole = plan.backward
+    if whole is None or (call.input.get_device(), whole) in _refused:
+        return _two_backwards(call, plan, grad_output, grad_h_n, output, gates, needs)
+    d_gates, grad_hx = torch.empty_like(gates), call.hx.new_empty(call.hx.shape)
+    grad_params: list[Tensor | None] = [None] * len(call.params)
+    in_order = _InOrder(call)
+    sums = whole_backward.empty_sums(call, whole)
+    with torch_hooks.products(output.dtype, tf32=plan.tf32):
+        try:
+            whole_backward.gate_gradients(
+                call, whole, 0, grad_output, grad_h_n, output, layer_outputs, gates, d_gates, grad_hx, sums
+            )
+        except launch.DoesNotFit as error:
+            _refuse(call, whole, error)
+            return _two_backwards(call, plan, grad_output, grad_h_n, output, gates, needs)
+        _weight_gradients(call, 0, d_gates, layer_outputs, output, need_params, grad_params, in_order)
+        grad_inputs = [_input_gradient(call, slice(i, i + 1), d_gates) for i in range(2) if need_inputs[i]]
+        if call.has_biases and any(need_params):
+            in_order.biases(sums, need_params, grad_params)
+    in_order.launch()
+    needed = [g for g, need in zip([grad_hx, *grad_params], [need_hx, *need_params], strict=True) if need]
+    return [*grad_inputs, *needed]
+
+
+def _two_backwards(
+    call: PairCall, plan: Plan, grad_output: Tensor | None, grad_h_n: Tensor | None, output: Tensor, gates: Tensor,
+    needs: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    """A launch a step, one layer after the other, from the gates [1, 2, T, B, 4, H] of one launch."""
+    plan = replace(plan, backward=None)
+    reserve = torch.stack([call.in_time(i, gates[0, i]) for i in range(2)]).flatten()
+    return two_calls.backward(
+        call, grad_output, grad_h_n, output, reserve, needs, lambda single, *args: gru_backward(single, plan, *args)
+    )
+
+
+def _refuse(call: GRUCall | PairCall, whole: WholeSequencePlan, error: launch.DoesNotFit) -> None:
     device = call.input.get_device()
     reason = _refused[device, whole] = f"{error} (cuda:{device}, {whole})"
     log.warning(
@@ -104,11 +153,11 @@ def _step_gate_gradients(
     )  # fmt: skip
 
 
-def _input_gradient(call: GRUCall, layer: int, d_gates: Tensor) -> Tensor:
-    """Gradient of what a layer was given, [T, B, I or D*H]."""
+def _input_gradient(call: GRUCall | PairCall, states: slice, d_gates: Tensor) -> Tensor:
+    """Gradient of what a layer was given, [T, B, I or D*H], from all states that were given it."""
     T, B, H = call.T, call.B, call.H
     grad: Tensor | None = None
-    for state in range(layer * call.D, (layer + 1) * call.D):
+    for state in range(states.start, states.stop):
         d_input = d_gates.as_strided((T * B, 3 * H), (4 * H, 1), (state * T * B * 4 + 1) * H)  # of r, z, n
         w_ih = call.parameters(state)[0]
         grad = torch.mm(d_input, w_ih) if grad is None else grad.addmm_(d_input, w_ih)
@@ -116,45 +165,45 @@ def _input_gradient(call: GRUCall, layer: int, d_gates: Tensor) -> Tensor:
 
 
 def _weight_gradients(
-    call: GRUCall, layer: int, d_gates: Tensor, layer_outputs: Tensor, out: Tensor, need_params: Sequence[bool],
+    call: GRUCall | PairCall, layer: int, d_gates: Tensor, layer_outputs: Tensor, out: Tensor, need_params: Sequence[bool],
     grad_params: list[Tensor | None], in_order: _InOrder,
 ) -> None:  # fmt: skip
     """Puts gradients of a layer's weights into grad_params, or leaves it to in_order to do so."""
     T, B, H = call.T, call.B, call.H
     each = 4 if call.has_biases else 2
-    rows = None
+    rows: Tensor | None = None
     for d in range(call.D):
         state = layer * call.D + d
         place = state * each
         start = state * T * B * 4 * H
         if need_params[place]:
-            if rows is None:
-                x = call.layer_input(layer, layer_outputs)
+            if rows is None or call.pair is not None:  # two directions have one input
+                x = call.input_of(layer, d, layer_outputs)
                 rows = x.reshape(T * B, x.shape[2])
             d_input = d_gates.as_strided((3 * H, T * B), (1, 4 * H), start + H)  # of r, z, n
             grad_params[place] = torch.mm(d_input, rows)
         if not need_params[place + 1]:
             continue
         d_hidden = d_gates.as_strided((3 * H, T * B), (1, 4 * H), start)  # of hn, r, z
-        h0, states = call.hx[state], out[:, :, d * H : (d + 1) * H]
-        before = states[1:] if d else states[:-1]  # but for the first step, before which there is h0
+        h0, states, back = call.hx[state], call.sequence_of(out, d), call.walks_back(d)
+        before = states[1:] if back else states[:-1]  # but for the first step, before which there is h0
         grad = h0.new_empty(3 * H, H)
         grad_params[place + 1] = grad
         # Copying the states is cheaper than going over the result twice more; with resets they are changed anyway.
         if T * B <= 3 * H or call.keep is not None:
-            before = torch.cat((before, h0[None]) if d else (h0[None], before))
+            before = torch.cat((before, h0[None]) if back else (h0[None], before))
             before = equations.kept(before, call.keep).reshape(T * B, H)
             torch.mm(d_hidden[H:], before, out=grad[: 2 * H])
             torch.mm(d_hidden[:H], before, out=grad[2 * H :])
             continue
-        first, others = (d_hidden[:, -B:], d_hidden[:, :-B]) if d else (d_hidden[:, :B], d_hidden[:, B:])
+        first, others = (d_hidden[:, -B:], d_hidden[:, :-B]) if back else (d_hidden[:, :B], d_hidden[:, B:])
         in_order.weight(state, torch.mm(first, h0).addmm_(others, before.flatten(0, 1)), grad)
 
 
 class _InOrder:
     """What is left to `parameter_gradients_kernel`: by state (layer and direction), and where it puts it."""
 
-    def __init__(self, call: GRUCall):
+    def __init__(self, call: GRUCall | PairCall):
         self._call = call
         self._weights: dict[int, tuple[Tensor, Tensor]] = {}
         self._biases: dict[int, tuple[Tensor, Tensor]] = {}

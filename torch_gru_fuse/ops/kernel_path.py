@@ -24,11 +24,11 @@ from torch_gru_fuse.kernels.cell import cell_backward, cell_forward, cell_gates
 from torch_gru_fuse.kernels.launch import DoesNotFit
 from torch_gru_fuse.kernels.step import sequence_forward
 from torch_gru_fuse.kernels.stream import stream_forward
-from torch_gru_fuse.ops import cudnn_path, kernel_backward, ready_calls, torch_path, whole_path
-from torch_gru_fuse.ops.call import GRUCall
+from torch_gru_fuse.ops import cudnn_path, kernel_backward, ready_calls, torch_path, two_calls, whole_path
+from torch_gru_fuse.ops.call import GRUCall, PairCall
 from torch_gru_fuse.ops.schemas import empty_cell_results
 from torch_gru_fuse.ops.support import gpu_of, why_not_kernels
-from torch_gru_fuse.planner.plan import Plan, choice, plan_gru, plan_gru_cell
+from torch_gru_fuse.planner.plan import Plan, choice, plan_gru, plan_gru_cell, plan_gru_pair
 from torch_gru_fuse.planner.tiles import POINTWISE_TILE
 
 if TYPE_CHECKING:
@@ -40,8 +40,9 @@ log = logging.getLogger("torch_gru_fuse")
 
 #: Whole-sequence plans that a GPU could not run, although by its description it can: parts of it were taken (MPS, others).
 _refused: dict[tuple[int, WholeSequencePlan], str] = {}
-#: Plan and path of the forward that made a reserve.
+#: Plan and path of the forward that made a reserve; of a pair its plan, or why there was none.
 _made_by = torch_hooks.StorageTable()
+_made_pair_by = torch_hooks.StorageTable()
 
 
 _plans: dict[tuple, Plan] = {}
@@ -124,7 +125,7 @@ def _instead(call: GRUCall, plan: Plan, training: bool) -> Plan:
     return replace(plan, kernel="torch", tile=None, whole=None, reason=reason)
 
 
-def _refuse(call: GRUCall, plan: Plan, error: DoesNotFit) -> None:
+def _refuse(call: GRUCall | PairCall, plan: Plan, error: DoesNotFit) -> None:
     """Remembers and says, once, that a GPU could not run a plan."""
     device = call.input.get_device()
     reason = f"{error} (cuda:{device}, {plan.whole})"
@@ -239,6 +240,54 @@ def gru_backward(
     if path is not None:
         return path.gru_backward(call, grad_output, grad_h_n, output, reserve, needs)
     return kernel_backward.gru_backward(call, plan, grad_output, grad_h_n, output, reserve, needs)
+
+
+def plan_of_pair(call: PairCall, *, training: bool) -> Plan | str:
+    """The plan of a pair in one launch, or why it is two calls; from sizes alone: the tensors may be fake."""
+    x = call.input
+    unsupported = why_not_kernels(x)
+    if unsupported is not None:
+        return unsupported
+    tf32_allowed = x.dtype == torch.float32 and torch_hooks.rnn_allows_tf32()
+    plan = plan_gru_pair(
+        call.T, call.B, call.H, str(x.dtype), tf32_allowed=tf32_allowed, training=training, cudnn=torch_hooks.cudnn_runs(x),
+        gpu=gpu_of(x.get_device()),
+    )  # fmt: skip
+    return plan if isinstance(plan, str) else _refused.get((x.get_device(), plan.whole), plan)
+
+
+def gru_pair_forward(call: PairCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    if call.B == 0:
+        return call.empty_results(save)
+    plan = plan_of_pair(call, training=save)
+    results = None
+    if isinstance(plan, Plan):
+        try:
+            results = whole_path.gru_forward(call, save, plan)
+        except DoesNotFit as error:
+            _refuse(call, plan, error)
+            plan = str(error)
+    if results is None:
+        results = two_calls.forward(call, save, gru_forward)
+    if save:
+        _made_pair_by.put(results[2], plan)
+    return results
+
+
+def gru_pair_backward(
+    call: PairCall,
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    output: Tensor,
+    reserve: Tensor,
+    needs: list[bool],
+) -> list[Tensor]:
+    if call.B == 0:
+        return [t.new_zeros(t.shape) for t, need in zip(call.tensors, needs, strict=True) if need]
+    plan = _made_pair_by.get(reserve) or plan_of_pair(call, training=True)
+    if isinstance(plan, Plan):
+        return kernel_backward.gru_pair_backward(call, plan, grad_output, grad_h_n, output, reserve, needs)
+    return two_calls.backward(call, grad_output, grad_h_n, output, reserve, needs, gru_backward)
 
 
 def gru_cell_forward(

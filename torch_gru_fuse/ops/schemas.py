@@ -1,10 +1,11 @@
 """The ops' schemas, each with its fake implementation directly below it.
 
 Three ops are for users and take the arguments of torch's own: `gru` (as `torch.gru`), `gru_packed` (as the overload of
-`torch.gru` for the data of a PackedSequence) and `gru_cell` (as `torch.gru_cell`).  They check their arguments and are made of
-others, which are what a compiled graph holds:
+`torch.gru` for the data of a PackedSequence) and `gru_cell` (as `torch.gru_cell`); a fourth, `gru_pair`, is two calls of `gru`
+at once.  They check their arguments and are made of others, which are what a compiled graph holds:
 
     gru         = checks, layout, dropout masks  ->  gru_forward         (backward: gru_backward)
+    gru_pair    = checks, layout                 ->  gru_pair_forward    (backward: gru_pair_backward)
     gru_packed  = checks, dropout masks          ->  gru_packed_forward  (backward: gru_packed_backward)
     gru_cell    = checks                         ->  gru_cell_forward    (backward: gru_cell_backward)
 
@@ -116,6 +117,52 @@ def empty_grads(tensors: list[Tensor], needs: list[bool]) -> list[Tensor]:
 def _(grad_output, grad_h_n, input, hx, params, has_biases, num_layers, bidirectional,
       dropout_masks, output, reserve, needs, keep=None):
     return empty_grads([input, hx, *params], needs)
+
+
+# ---- gru_pair -------------------------------------------------------------------------
+#
+# Two single layers of one direction, none of which is the other's input, with the same T, B and H; `reverse`: which of them go
+# through time backwards.  hx, h_n and params are those of one bidirectional layer, but that each has an input, and an I, of its
+# own.
+library.define(
+    "gru_pair(Tensor[] inputs, Tensor hx, Tensor[] params, bool has_biases, bool[] reverse, bool batch_first, *, "
+    "bool recompute=False) -> (Tensor, Tensor, Tensor)"
+)  # composite, as gru
+
+library.define(
+    "gru_pair_forward(Tensor[] inputs, Tensor hx, Tensor[] params, bool has_biases, bool[] reverse, bool save, *, "
+    "bool recompute=False) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def empty_pair_results(input: Tensor, hx: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate what `gru_pair_forward` returns: output [2, T, B, H], h_n [2, B, H] and reserve, empty without `save`.
+
+    The reserve has two halves, each enough for what `gru_forward` saves of one of the two.
+    """
+    T, B, _ = input.shape
+    H = hx.shape[2]
+    size = 0
+    if save:
+        size = reserve_size(T, B, H, 1, 1, cuda=input.device.type == "cuda", bytes_each=input.dtype.itemsize)
+    return input.new_empty(2, T, B, H), hx.new_empty(2, B, H), input.new_empty(2 * ((size + 7) // 8 * 8))
+
+
+@torch.library.register_fake(f"{NAMESPACE}::gru_pair_forward", lib=library)
+def _(inputs, hx, params, has_biases, reverse, save, *, recompute=False):
+    return empty_pair_results(inputs[0], hx, save)
+
+
+# `needs` has one flag for each of *inputs, hx, *params.
+library.define(
+    "gru_pair_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor[] inputs, Tensor hx, Tensor[] params, bool has_biases, "
+    "bool[] reverse, Tensor output, Tensor reserve, bool[] needs) -> Tensor[]"
+)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::gru_pair_backward", lib=library)
+def _(grad_output, grad_h_n, inputs, hx, params, has_biases, reverse, output, reserve, needs):
+    return empty_grads([*inputs, hx, *params], needs)
 
 
 # ---- gru_packed -----------------------------------------------------------------------

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from torch_gru_fuse import equations, equations_packed
-from torch_gru_fuse.ops.call import GRUCall, PackedCall
+from torch_gru_fuse.ops import two_calls
+from torch_gru_fuse.ops.call import GRUCall, PackedCall, PairCall
 
 
 def gru_forward(call: GRUCall | PackedCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,6 +140,14 @@ def gru_backward(
             grad_params[call.places(state)] = d_params[:tensors_each]
         grad = call.mask(grad_x, layer - 1) if layer > 0 else grad_x
     return [g.contiguous() for g, need in zip([grad, grad_hx, *grad_params], needs, strict=True) if need]
+
+
+def gru_pair_forward(call: PairCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return two_calls.forward(call, save, gru_forward)
+
+
+def gru_pair_backward(call: PairCall, *args) -> list[Tensor]:
+    return two_calls.backward(call, *args, gru_backward)
 
 
 def gru_cell_forward(

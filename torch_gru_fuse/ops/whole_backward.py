@@ -17,7 +17,7 @@ from triton.runtime import driver
 
 from torch_gru_fuse.kernels import launch, prepare, resident_backward, staged_backward, wavefront_backward
 from torch_gru_fuse.ops import timeouts
-from torch_gru_fuse.ops.call import GRUCall
+from torch_gru_fuse.ops.call import GRUCall, PairCall
 from torch_gru_fuse.ops.whole_path import aligned
 from torch_gru_fuse.planner.whole_sequence import WholeSequencePlan
 
@@ -47,11 +47,11 @@ class _Recipe:
 _recipes: dict[tuple, _Recipe] = {}
 
 
-def _recipe(call: GRUCall, whole: WholeSequencePlan, has_dy: bool, has_dhn: bool, masked: bool) -> _Recipe:
+def _recipe(call: GRUCall | PairCall, whole: WholeSequencePlan, has_dy: bool, has_dhn: bool, masked: bool) -> _Recipe:
     x = call.input
     key = (
         x.shape, call.hx.shape, x.dtype, x.get_device(), id(whole), call.bidirectional, has_dy, has_dhn, masked,
-        timeouts.timeout_ns(),
+        call.pair, timeouts.timeout_ns(),
     )  # fmt: skip
     found = _recipes.get(key)
     if found is None:
@@ -66,11 +66,11 @@ def _programs_b(batch: int, whole: WholeSequencePlan) -> int:
     return -(-batch // (whole.kernel.rows * getattr(whole.kernel, "tiles", 1)))
 
 
-def _make_recipe(call: GRUCall, whole: WholeSequencePlan, has_dy: bool, has_dhn: bool, masked: bool) -> _Recipe:
+def _make_recipe(call: GRUCall | PairCall, whole: WholeSequencePlan, has_dy: bool, has_dhn: bool, masked: bool) -> _Recipe:
     T, B, H = call.T, call.B, call.H
     dtype, device = call.input.dtype, call.input.get_device()
-    lanes, reverse = whole.lanes, call.bidirectional
-    stack = lanes > 1 and not reverse
+    lanes, reverse, pair = whole.lanes, call.bidirectional, call.pair
+    stack = lanes > 1 and not reverse and pair is None
     kernel, constants_of = _KERNELS[whole.kernel.name]
     timeout = timeouts.timeout_ns()
     types: list[Any] = [
@@ -79,32 +79,34 @@ def _make_recipe(call: GRUCall, whole: WholeSequencePlan, has_dy: bool, has_dhn:
         dtype, dtype, torch.float32, torch.int64, None, None,
     ]  # fmt: skip
     described = timeouts.Call(
-        "gru_backward",
+        "gru_backward" if pair is None else "gru_pair_backward",
         f"T={T}, B={B}, H={H}, num_layers={call.L}, bidirectional={reverse}, {str(dtype).removeprefix('torch.')}",
         whole.kernel.name, str(whole), timeout,
     )  # fmt: skip
+    fill_grid = (*prepare.fill_grid(steps=lanes * T, batch=B, hidden=4 * H), 1, 1)
     return _Recipe(
-        fill_grid=(*prepare.fill_grid(steps=lanes * T, batch=B, hidden=4 * H), 1, 1) if whole.waits(reverse=reverse) else None,
+        fill_grid=fill_grid if whole.waits(reverse=not stack) else None,
         kernel_grid=(whole.programs(B, H), 1, 1),
         run_fill=launch.launcher(
             prepare.prepare_kernel, device, prepare.fill_constants(hidden=4 * H),
             [dtype, torch.int32, dtype, dtype, dtype, dtype, torch.int64, None, None, None, None],
         ),
         run_kernel=launch.launcher(
-            kernel, device, constants_of(whole.kernel, lanes=lanes, hidden=H, reverse=reverse, timeout_ns=timeout), types
-        ),
+            kernel, device,
+            constants_of(whole.kernel, lanes=lanes, hidden=H, reverse=reverse, timeout_ns=timeout, pair=pair), types,
+        ),  # fmt: skip
         word=timeouts.word_of(device),
         launch_id=timeouts.id_of(described),
     )  # fmt: skip
 
 
-def empty_sums(call: GRUCall, whole: WholeSequencePlan) -> Tensor:
+def empty_sums(call: GRUCall | PairCall, whole: WholeSequencePlan) -> Tensor:
     """Where the launches of a plan leave the sums of gate gradients: float32 [L*D, programs along the batch, 4, H]."""
     return call.hx.new_empty((call.L * call.D, _programs_b(call.B, whole), 4, call.H), dtype=torch.float32)
 
 
 def gate_gradients(
-    call: GRUCall,
+    call: GRUCall | PairCall,
     whole: WholeSequencePlan,
     layer: int,
     dy: Tensor | None,
@@ -119,7 +121,7 @@ def gate_gradients(
     """Layers from ``layer`` on, as many as a launch of the plan has: fills their part of d_gates, grad_hx and sums.
 
     Args:
-        dy: gradient of what the highest of them puts out, [T, B, D*H].
+        dy: gradient of what the highest of them puts out, [T, B, D*H], or of a pair [2, T, B, H].
         dhn: gradient of h_n [L*D, B, H], or None.
         out: what the highest of them has put out.
         layer_outputs: of all inner layers, [L-1, T, B, D*H].

@@ -21,7 +21,7 @@ from triton.runtime import driver
 from torch_gru_fuse import torch_hooks
 from torch_gru_fuse.kernels import launch, prepare, resident, staged, wavefront
 from torch_gru_fuse.ops import timeouts
-from torch_gru_fuse.ops.call import GRUCall
+from torch_gru_fuse.ops.call import GRUCall, PairCall
 from torch_gru_fuse.planner.plan import Plan
 from torch_gru_fuse.planner.whole_sequence import ResidentPlan, StagedPlan, WholeSequencePlan
 
@@ -53,6 +53,7 @@ class _Recipe:
         ring_rows: of the ring in which states cross, B where there is none.
         ring_bytes: of it, 0 where there is none.
         handed_bytes: of the same after dropout, if there is any.
+        first_bytes: of a pair, those of the first of its sequences, which the other follows; else 0.
         run_prepare, run_kernel: to be called with addresses.
         word, launch_id: for the error block.
     """
@@ -71,6 +72,7 @@ class _Recipe:
     ring_rows: int
     ring_bytes: int
     handed_bytes: int
+    first_bytes: int
     prepare_grid: tuple[int, int, int] | None  # None: nothing to prepare
     kernel_grid: tuple[int, int, int]
     run_prepare: launch.Launcher
@@ -118,7 +120,8 @@ class _Recipe:
         stream = driver.active.get_current_stream(self.device)
         if self.prepare_grid is not None:
             for sequences in (below,) if handed is None else (below, handed):
-                values = (hx, self.word, out, sequences, h0, h_n, workspace, self.launch_id, T, B, self.ring_rows)
+                last = out + self.first_bytes
+                values = (hx, self.word, last, sequences, h0, h_n, workspace, self.launch_id, T, B, self.ring_rows)
                 self.run_prepare(self.prepare_grid, stream, values, aligned)
         values = (
             gi, h0 if self.state_bytes else hx, below, w_above, w_hh, b_ih, b_hh, masks, handed, out, h_n, gates, workspace,
@@ -131,12 +134,12 @@ _ERROR_BYTES = 64  # of the error block, rounded up so that what follows is alig
 _recipes: dict[tuple, _Recipe] = {}
 
 
-def recipe_of(call: GRUCall, whole: WholeSequencePlan, save: bool) -> _Recipe:
+def recipe_of(call: GRUCall | PairCall, whole: WholeSequencePlan, save: bool) -> _Recipe:
     x = call.input
     # The plan stands for itself: it is kept below, so no other has its id, and hashing it takes longer than all the rest.
     key = (
         x.shape, call.hx.shape, x.dtype, x.get_device(), id(whole), call.bidirectional, call.has_biases, save,
-        call.dropout_masks is None, timeouts.timeout_ns(), missing_programs,
+        call.dropout_masks is None, call.pair, timeouts.timeout_ns(), missing_programs,
     )  # fmt: skip
     found = _recipes.get(key)
     if found is None:
@@ -146,16 +149,17 @@ def recipe_of(call: GRUCall, whole: WholeSequencePlan, save: bool) -> _Recipe:
     return found
 
 
-def _make_recipe(call: GRUCall, whole: WholeSequencePlan, save: bool) -> _Recipe:
+def _make_recipe(call: GRUCall | PairCall, whole: WholeSequencePlan, save: bool) -> _Recipe:
     T, B, I, H = call.T, call.B, call.input.shape[2], call.H
     dtype, device = call.input.dtype, call.input.get_device()
-    lanes, padded, reverse = whole.lanes, -(-H // 16) * 16, call.bidirectional
-    stack = lanes > 1 and not reverse
+    lanes, padded, reverse, pair = whole.lanes, -(-H // 16) * 16, call.bidirectional, call.pair
+    stack = lanes > 1 and not reverse and pair is None
     kernel, constants_of = _KERNELS[whole.kernel.name]
     timeout = timeouts.timeout_ns()
     # resident takes hx itself, and nobody but the lane above polls its sequences
     polls_own = not isinstance(whole.kernel, ResidentPlan)
     ring = isinstance(whole.kernel, StagedPlan) and whole.kernel.ring
+    # what is prepared of a pair is that of a stack of two layers
     sizes: dict[str, Any] = dict(
         lanes=lanes, hidden=padded, reverse=reverse, fill_out=polls_own and not ring, states=polls_own, ring=ring
     )
@@ -170,7 +174,7 @@ def _make_recipe(call: GRUCall, whole: WholeSequencePlan, save: bool) -> _Recipe
     ]  # fmt: skip
     prepare_types = [dtype, torch.int32, dtype, dtype, dtype, dtype, torch.int64, None, None, None, None]
     described = timeouts.Call(
-        "gru",
+        "gru" if pair is None else "gru_pair",
         f"T={T}, B={B}, I={I}, H={H}, num_layers={call.L}, bidirectional={reverse}, {str(dtype).removeprefix('torch.')}",
         whole.kernel.name, str(whole), timeout,
     )  # fmt: skip
@@ -190,6 +194,7 @@ def _make_recipe(call: GRUCall, whole: WholeSequencePlan, save: bool) -> _Recipe
         ring_rows=rows,
         ring_bytes=2 * lanes * rows * padded * 4 if ring else 0,
         handed_bytes=below_bytes if masked else 0,
+        first_bytes=0 if pair is None else T * B * padded * dtype.itemsize,
         prepare_grid=(*prepare.prepare_grid(steps=T, batch=B, rows=rows, **sizes), 1, 1) if polls_own or stack else None,
         kernel_grid=(grid, 1, 1),
         run_prepare=launch.launcher(
@@ -198,8 +203,9 @@ def _make_recipe(call: GRUCall, whole: WholeSequencePlan, save: bool) -> _Recipe
         run_kernel=launch.launcher(
             kernel, device,
             constants_of(
-                whole.kernel, lanes=lanes, hidden=padded, units=H, reverse=reverse, save_gates=save, timeout_ns=timeout
-            ),
+                whole.kernel, lanes=lanes, hidden=padded, units=H, reverse=reverse, save_gates=save, timeout_ns=timeout,
+                pair=pair,
+            ),  # fmt: skip
             types,
         ),
         word=timeouts.word_of(device),
@@ -207,18 +213,20 @@ def _make_recipe(call: GRUCall, whole: WholeSequencePlan, save: bool) -> _Recipe
     )  # fmt: skip
 
 
-def gru_forward(call: GRUCall, save: bool, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+def gru_forward(call: GRUCall | PairCall, save: bool, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     """Results as `empty_results` allocates them.  Raises `launch.DoesNotFit`; nothing has been changed then."""
     assert plan.whole is not None
     recipe = recipe_of(call, plan.whole, save)
     if recipe.hidden != call.H:
+        assert call.pair is None
         return _padded_forward(call, save, plan, recipe)
     output, h_n, reserve = call.empty_results(save)
     hx = aligned(call.hx)
     masks = None if call.dropout_masks is None else aligned(call.dropout_masks)
     places = _Places(hx.data_ptr(), h_n.data_ptr(), reserve.data_ptr() if save else 0, masks)
     if recipe.lanes == hx.shape[0]:
-        _launch(call, plan, recipe, 0, call.input, call.params, output, places)
+        x = call.input if call.pair is None else call.inputs
+        _launch(call, plan, recipe, 0, x, call.params, output, places)
         return output, h_n, reserve
     layer_outputs = call.saved_gates(reserve)[0] if save else None
     x = call.input
@@ -249,11 +257,12 @@ class _Places:
 
 
 def _launch(
-    call: GRUCall, plan: Plan, recipe: _Recipe, first: int, x: Tensor, params: Sequence[Tensor], out: Tensor, places: _Places
-) -> None:
+    call: GRUCall | PairCall, plan: Plan, recipe: _Recipe, first: int, x: Tensor | Sequence[Tensor], params: Sequence[Tensor],
+    out: Tensor, places: _Places,
+) -> None:  # fmt: skip
     """States ``first`` and following: ``recipe.lanes`` of them, whose parameters are ``params``, from input x to ``out``."""
     each = recipe.each
-    gi = input_projection(x, params[: 2 * each : each] if call.bidirectional else params[:1], plan.tf32)
+    gi = input_projection(x, params[: call.D * each : each], plan.tf32)
 
     # The product comes first: what it writes would push the freshly filled sequences out of L2.
     workspace_bytes = recipe.workspace_bytes(below=not places.reserve)
@@ -271,16 +280,16 @@ def _launch(
     )  # fmt: skip
 
 
-def input_projection(x: Tensor, weights: Sequence[Tensor], tf32: bool) -> Tensor:
-    """x W^T without bias: [T*B, 3H], or [2, T*B, 3H] of two directions."""
-    T, B, I = x.shape  # noqa: E741
-    rows = x.reshape(T * B, I)
-    with torch_hooks.products(x.dtype, tf32=tf32):
+def input_projection(x: Tensor | Sequence[Tensor], weights: Sequence[Tensor], tf32: bool) -> Tensor:
+    """x W^T without bias: [T*B, 3H], or [2, T*B, 3H] of two directions, or of a pair, whose inputs are two."""
+    rows = [t.reshape(-1, t.shape[2]) for t in ((x,) if isinstance(x, Tensor) else x)]
+    dtype = rows[0].dtype
+    with torch_hooks.products(dtype, tf32=tf32):
         if len(weights) == 1:
-            return torch.mm(rows, weights[0].t())
-        gi = x.new_empty(2, T * B, weights[0].shape[0])
-        for out, weight in zip(gi.unbind(0), weights, strict=True):
-            torch.mm(rows, weight.t(), out=out)
+            return torch.mm(rows[0], weights[0].t())
+        gi = rows[0].new_empty(2, rows[0].shape[0], weights[0].shape[0])
+        for i, weight in enumerate(weights):
+            torch.mm(rows[i % len(rows)], weight.t(), out=gi[i])
     return gi
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch_gru_fuse.planner import tuned
@@ -20,6 +20,7 @@ from torch_gru_fuse.planner.whole_sequence import (
     WholeSequencePlan,
     plan_whole_sequence,
     plan_whole_sequence_backward,
+    predict,
     why_no_plan,
     why_not_gpu,
 )
@@ -182,6 +183,69 @@ def plan_gru(
     if unsupported is not None:
         return Plan("torch", None, False, unsupported)
     return _plan_gru(T, B, I, H, L, D, dtype, tf32_allowed, training, cudnn, choice(), gpu, dropout, captured, resets)
+
+
+#: A pair in one launch is predicted to take at most this part of what its two layers take one after the other; else two calls
+#: run.  Nobody has measured a pair yet (benchmarks/pair.py does), and a prediction may be off by a quarter.
+_PAIR_PAYS_UP_TO = 0.75
+
+
+def pair_is_faster(
+    both: WholeSequencePlan, single: WholeSequencePlan, T: int, B: int, H: int, element_bytes: int, multiprocessors: int, *,
+    backward: WholeSequencePlan | None = None,
+) -> bool:  # fmt: skip
+    """Whether one launch for two layers beats two launches for one each; ``backward``: the plan of the pair's, for training.
+
+    One place for all thresholds; edit with a measurement beside it.
+    """
+    sizes = {"steps": T, "batch": B, "hidden": H, "layers": 1, "element_bytes": element_bytes}
+    sizes["multiprocessors"] = multiprocessors
+    if predict(both, reverse=True, **sizes).us > _PAIR_PAYS_UP_TO * 2 * predict(single, reverse=False, **sizes).us:
+        return False
+    if backward is None:
+        return True
+    # of the backward there is no prediction: it is as fast as one where all programs of both are on the GPU at once
+    return not isinstance(backward.kernel, StagedPlan) and backward.programs(B, H) <= multiprocessors
+
+
+def plan_gru_pair(
+    T: int, B: int, H: int, dtype: str, *, tf32_allowed: bool, training: bool, cudnn: bool, gpu: GPU | None = None
+) -> Plan | str:
+    """Plan of one launch for two layers of which none is the other's input, or why a call of each runs."""
+    return _plan_gru_pair(T, B, H, dtype, tf32_allowed, training, cudnn, choice(), gpu)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_gru_pair(
+    T: int, B: int, H: int, dtype: str, tf32_allowed: bool, training: bool, cudnn: bool, choice: str, gpu: GPU | None
+) -> Plan | str:
+    if choice in ("step", "torch"):
+        return f"no whole sequences in one launch with TORCH_GRU_FUSE_KERNELS={choice}"
+    if H % 16:
+        return f"H = {H} is no multiple of 16"
+    if dtype not in _BYTES:
+        return f"no kernels for {dtype}"
+    tf32 = dtype == "torch.float32" and tf32_allowed and uses_tf32(T, B, H, training=training)
+    both = _whole(B, H, 1, 2, dtype, tf32, gpu)
+    if isinstance(both, str):
+        return both
+    assert gpu is not None
+    if isinstance(both.kernel, StagedPlan):  # in a ring the states of two directions lie side by side
+        both = replace(both, kernel=replace(both.kernel, ring=False))
+    single = _plan_gru(T, B, H, H, 1, 1, dtype, tf32_allowed, training, cudnn, choice, gpu, False, True, False)
+    backward = _whole_backward(B, H, 1, 2, dtype, tf32, gpu) if training else None
+    if training and backward is None:
+        return "no backward of whole sequences in one launch for both"
+    if choice == "auto":
+        if single.whole is None:
+            return f"each by itself does not run whole sequences in one launch: {single.reason}"
+        sizes = T, B, H, _BYTES[dtype], gpu.multiprocessors
+        if not pair_is_faster(both, single.whole, *sizes, backward=backward):
+            return "one launch for both is not expected to be faster than one for each"
+    return Plan(
+        "whole", single.tile, tf32, "two layers in one launch: faster than one after the other", whole=both, backward=backward,
+        backward_tile=single.backward_tile,
+    )  # fmt: skip
 
 
 def plan_gru_packed(N: int, I: int, H: int, L: int, D: int, dtype: str, *, training: bool) -> Plan:
