@@ -1,4 +1,4 @@
-"""What lies between `gru_pair` and the kernels, without a GPU: one launch or two calls, and whatever the first leaves to the second.
+"""What lies between `gru_pair` and the kernels, without a GPU: one launch, or two calls, and what one leaves to the other.
 
 The kernels run as in `test_kernel_path`.
 """

@@ -117,7 +117,7 @@ def test_non_contiguous_arguments():
 @pytest.mark.parametrize("reverse", REVERSE, ids=str)
 def test_higher_derivatives(reverse):
     args = pair_args(T=3, B=2, I=(2, 3), H=2, reverse=reverse)
-    inputs = [t for t in tensors_of(args)]
+    inputs = tensors_of(args)
 
     def function(*tensors):
         return fused.gru_pair(list(tensors[:2]), tensors[2], list(tensors[3:]), *args[3:])
@@ -194,7 +194,7 @@ ERRORS = [
     (lambda a: (*a[:4], [True], a[5]), r"reverse has 1 elements, expected 2"),
     (lambda a: (a[0], a[1][:1], *a[2:]), r"hx must be \[2, B, H\], one state for each layer, got size \(1, 3, 6\)"),
     (lambda a: (*a[:2], a[2][:-1], *a[3:]), r"params has 7 tensors, expected 8: w_ih, w_hh, b_ih, b_hh for each of 2 layers"),
-    (lambda a: ([a[0][0], a[0][0]], *a[1:]), r"of layer 1, params\[0\] \(w_ih of layer 0\) has size \(18, 7\), expected \(18, 4\)"),
+    (lambda a: ([a[0][0]] * 2, *a[1:]), r"of layer 1, params\[0\] \(w_ih of layer 0\) has size \(18, 7\), expected \(18, 4\)"),
     (lambda a: ([a[0][0], a[0][1][:-1]], *a[1:]), r"inputs\[1\] has \[T, B\] = \(4, 3\), but inputs\[0\] has \(5, 3\)"),
     (lambda a: ([a[0][0].half(), a[0][1]], *a[1:]), r"of layer 0, hx has dtype torch.float64, but input has torch.float16"),
 ]

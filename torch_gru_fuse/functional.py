@@ -97,9 +97,9 @@ def gru_pair(
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Two GRUs of one layer at once, neither of which is the other's input.
 
-    Each is ``gru(input, state, weights, has_biases, 1, 0.0, False, False, batch_first)``; one that is reversed goes through time
-    backwards, as ``gru(input.flip(0), ...)[0].flip(0)`` does, without a copy.  On CUDA both run in one launch where that is
-    expected to be faster than one after the other, and everywhere else they are two calls.
+    Each is ``gru(input, state, weights, has_biases, 1, 0.0, False, False, batch_first)``; one that is reversed goes through
+    time backwards, as ``gru(input.flip(0), ...)[0].flip(0)`` does, without a copy.  On CUDA both run in one launch where that
+    is expected to be faster than one after the other, and everywhere else they are two calls.
 
     T time steps, B batch, H hidden units, which both have in common; I input features, each its own.
 

@@ -29,6 +29,7 @@ from torch_gru_fuse.passes.nodes import (
     Emitter,
     Region,
     Regions,
+    Waiting,
     argument,
     aten,
     effects,
@@ -148,36 +149,32 @@ class _Segment:
     waiting: list[Node] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._data: set[Node] = set()  # needs a hidden state of the segment by value
-        self._any: set[Node] = set()  # the same, or by memory
-        self._read: set[object] = set()
-        self._written: set[object] = set()
+        self._order = Waiting()  # behind a hidden state of the segment
         self._pending: list[Node] = []
         self._at = self.cells[0].node
         self.keep_dtype: torch.dtype | None = None  # of resets between the cells
         self._seed(self.cells[0])
 
     def _seed(self, cell: Cell) -> None:
-        self._data.add(cell.node)
-        self._any.add(cell.node)
         reads = self.reads(cell)
-        self._read |= storages(*reads.needed, *reads.reset, *reads.hidden)
+        self._order.start(cell.node, storages(*reads.needed, *reads.reset, *reads.hidden))
 
     def take(self, cell: Cell) -> str | None:
         node = self._at.next
         while node is not cell.node:
-            self._pass(node)
+            if self._order.visit(node):
+                self._pending.append(node)
             if EVERYTHING in effects(node).writes:
                 return f"between the steps is an operation of unknown effect, {name(node) or node.target}"
             node = node.next
-        reads = self.reads(cell)
-        if reads.reset & self._data:
+        reads, order = self.reads(cell), self._order
+        if reads.reset & order.data:
             return "a reset of its state depends on the hidden state of the step before"
-        if reads.needed & self._data:
+        if reads.needed & order.data:
             return "its input at a step depends on the hidden state of the step before"
         needed = reads.needed | reads.reset
-        if needed & self._any or storages(*needed, self.cells[-1].node) & self._written:
-            if RANDOM in self._written:
+        if needed & order.any or storages(*needed, self.cells[-1].node) & order.written:
+            if RANDOM in order.written:
                 return "random numbers are drawn both for its inputs and from its hidden states; their order would change"
             return "memory that it reads is changed in place between the steps"
         if cell in self.resets:
@@ -191,19 +188,6 @@ class _Segment:
         self._pending.clear()
         self._at = cell.node
         return None
-
-    def _pass(self, node: Node) -> None:
-        effect = effects(node)
-        inputs = node.all_input_nodes
-        data = any(i in self._data for i in inputs)
-        memory = effect.reads & self._written or effect.writes & (self._read | self._written)
-        if data or memory or any(i in self._any for i in inputs):
-            self._any.add(node)
-            if data:
-                self._data.add(node)
-            self._read |= effect.reads
-            self._written |= effect.writes
-            self._pending.append(node)
 
 
 def _why_not(cells: Sequence[Cell]) -> str | None:

@@ -342,6 +342,43 @@ def write_positions(nodes: Iterable[Node]) -> dict[object, list[int]]:
     return positions
 
 
+class Waiting:
+    """Which nodes have to come after calls that move to a later place in their graph: those that need what the calls make, by
+    value, or by memory that they, or others that wait, write.
+
+    Attributes:
+        data: nodes that need it by value; any: by value or by memory.
+        read, written: memory of the calls and of the nodes that wait.
+    """
+
+    def __init__(self) -> None:
+        self.data: set[Node] = set()
+        self.any: set[Node] = set()
+        self.read: set[object] = set()
+        self.written: set[object] = set()
+
+    def start(self, call: Node, reads: Iterable[object]) -> None:
+        """Another call that moves, and the memory that it reads."""
+        self.data.add(call)
+        self.any.add(call)
+        self.read.update(reads)
+
+    def visit(self, node: Node) -> bool:
+        """Whether the next node in the order of the graph has to wait."""
+        effect = effects(node)
+        inputs = node.all_input_nodes
+        data = any(i in self.data for i in inputs)
+        memory = effect.reads & self.written or effect.writes & (self.read | self.written)
+        if not (data or memory or any(i in self.any for i in inputs)):
+            return False
+        self.any.add(node)
+        if data:
+            self.data.add(node)
+        self.read |= effect.reads
+        self.written |= effect.writes
+        return True
+
+
 # ---- adding and removing nodes -----------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,8 @@
 """The pass: calls of `torch.gru` and `torch.gru_cell`, loops over cells and hand-written cells become calls of the ops of this
 package.
 
-Loops come first (`loops.py`), then the cells that are left, then calls of `torch.gru`.  It runs on the graph as Dynamo (or
+Loops come first (`loops.py`), then the cells that are left, then calls of `torch.gru`; of what these have become, two that can
+run at once become one (`pairs.py`).  It runs on the graph as Dynamo (or
 `torch.export`) made it, before AOTAutograd; below that a GRU is already unrolled over time.
 """
 
@@ -11,7 +12,7 @@ import functools
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import getitem
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 import torch_gru_fuse.ops  # noqa: F401  (registers the ops)
 from torch_gru_fuse import torch_hooks
 from torch_gru_fuse.ops.schemas import ops
-from torch_gru_fuse.passes import cells, guards, loops
+from torch_gru_fuse.passes import cells, guards, loops, pairs
 from torch_gru_fuse.passes.nodes import Emitter, Regions, aten, storages, value, write_positions
 
 log = logging.getLogger("torch_gru_fuse")
@@ -32,7 +33,8 @@ class Rewrite:
     """One GRU that a compilation found.
 
     Attributes:
-        target: the op for it, "gru", "gru_packed" (the overload of torch.gru for a PackedSequence) or "gru_cell".
+        target: the op for it, "gru", "gru_packed" (the overload of torch.gru for a PackedSequence), "gru_pair" (two at once) or
+            "gru_cell".
         module: path of the nn.Module that made the call, as "encoder.rnn (GRU)", or "".
         source: the user's line that made the call, as 'File "model.py", line 12, in forward', or "".
         reason: why it was left as it was; None where it was rewritten.
@@ -40,6 +42,8 @@ class Rewrite:
             for the function of the same name as `target`.
         count: how many of the same place and reason were found.
         node: name of the call in the graph that took its place, "" where there is none.
+        shared_with: of "gru_pair", the module or the line of the other of the two.
+        alone: where the graph holds another sequence op, why the two are not one call; else "".
     """
 
     target: str
@@ -49,6 +53,8 @@ class Rewrite:
     found: str = ""
     count: int = 1
     node: str = ""
+    shared_with: str = ""
+    alone: str = ""
 
     @property
     def rewritten(self) -> bool:
@@ -57,13 +63,19 @@ class Rewrite:
     @property
     def name(self) -> str:
         """What it was in the model."""
-        return self.found or f"torch.{'gru' if self.target == 'gru_packed' else self.target}"
+        return self.found or f"torch.{'gru_cell' if self.target == 'gru_cell' else 'gru'}"
+
+    @property
+    def place(self) -> str:
+        """Where it was in the model."""
+        return self.module or self.source or "a function"
 
     def __str__(self) -> str:
-        where = self.module or self.source or "a function"
+        where = self.place
         found = self.name + (f" ({self.count} times)" if self.count > 1 else "")
         if self.rewritten:
-            return f"{found} in {where} -> torch_gru_fuse.{self.target}"
+            shared = f", with {self.shared_with}" if self.shared_with else ""
+            return f"{found} in {where} -> torch_gru_fuse.{self.target}{shared}"
         return f"{found} in {where} not rewritten: {self.reason}"
 
 
@@ -194,14 +206,30 @@ def _by_place(reasons: dict[Node, str]) -> dict[tuple[str, str], list[Node]]:
     return places
 
 
+def _pair_up(graph: Graph, recorded: int) -> None:
+    """Two calls of `gru` that can run at once become one, and what was recorded of them, after so many others, says so."""
+    made, alone = pairs.pair_up(graph)
+    places = {record.node: i for i, record in enumerate(_found) if i >= recorded and record.node}
+    for node, reason in alone.items():
+        if node in places:
+            _found[places[node]] = replace(_found[places[node]], alone=reason)
+    for pair in made:
+        both = [places[node] for node in (pair.first, pair.second) if node in places]
+        records = [_found[i] for i in both]
+        for i, record, other in zip(both, records, reversed(records), strict=True):
+            _found[i] = replace(record, target="gru_pair", node=pair.made.name, shared_with=other.place)
+            log.debug("%s", _found[i])
+
+
 def _copy_changed_outputs(graph: Graph) -> None:
     """Outputs of sequences that the graph changes in place are copied first: the backward of the op reads its output, that of
     PyTorch's own GRU on a CPU does not."""
     written = set(write_positions(graph.nodes))
     for node in list(graph.nodes):
-        if node.target not in (ops.gru.default, ops.gru_packed.default):
+        if node.target not in (ops.gru.default, ops.gru_packed.default, ops.gru_pair.default):
             continue
-        for output in [u for u in node.users if u.target is getitem and u.args[1] == 0]:
+        outputs = (0, 1) if node.target is ops.gru_pair.default else (0,)
+        for output in [u for u in node.users if u.target is getitem and u.args[1] in outputs]:
             if storages(output) & written:
                 copy = Emitter(graph, output.next, output)(aten.clone.default, output)
                 output.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
@@ -209,8 +237,10 @@ def _copy_changed_outputs(graph: Graph) -> None:
 
 def rewrite_graph(graph: Graph) -> int:
     """Rewrite one graph in place; returns the number of replaced calls."""
+    recorded = len(_found)
     count = _rewrite_cells(graph) + sum(run(graph) for run in _passes().values())
     if count:
+        _pair_up(graph, recorded)
         _copy_changed_outputs(graph)
     return count
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from torch_gru_fuse import switch, torch_hooks
-from torch_gru_fuse.ops.call import GRUCall
+from torch_gru_fuse.ops.call import GRUCall, PairCall
 from torch_gru_fuse.ops.schemas import ops
 from torch_gru_fuse.ops.support import why_not_kernels
 from torch_gru_fuse.passes.nodes import value
@@ -32,6 +32,8 @@ class Entry:
         plan: what runs the op, for the sizes of this call.
         calls: how often it ran in this call of the model.
         reason: why it was left as it was, None where it was not.
+        shared_with: the module, or the place in the source, of another GRU with which it shares one call, or "".
+        alone: why it shares none, where the graph holds another GRU; "" where it does, or there is none.
     """
 
     found: str
@@ -43,6 +45,8 @@ class Entry:
     plan: str | None
     calls: int
     reason: str | None
+    shared_with: str = ""
+    alone: str = ""
 
     @property
     def rewritten(self) -> bool:
@@ -51,8 +55,11 @@ class Entry:
     def __str__(self) -> str:
         times = "1 call" if self.calls == 1 else f"{self.calls} calls"
         place = f"{self.file}:{self.line} in {self.function}" if self.file else "place unknown"
-        became = f"-> {self.op}, {times}: {self.plan}" if self.rewritten else (
+        shared = f" shared with {self.shared_with}" if self.shared_with else ""
+        became = f"-> {self.op}, {times}{shared}: {self.plan}" if self.rewritten else (
             f"not rewritten{f' ({times})' if self.calls else ''}: {self.reason}")
+        if self.alone:
+            became += f"\n    shares no launch with another GRU: {self.alone}"
         return f"{self.found}{f', {self.module}' if self.module else ''}\n    {place}\n    {became}"
 
 
@@ -160,7 +167,7 @@ def _entry(record: Rewrite, node: Node | None, calls: int) -> Entry:
     return Entry(
         record.name, record.module, file, int(line), function,
         f"torch_gru_fuse.{record.target}" if record.rewritten else None,
-        None if node is None else _plan(node), calls, record.reason,
+        None if node is None else _plan(node), calls, record.reason, record.shared_with, record.alone,
     )  # fmt: skip
 
 
@@ -176,7 +183,7 @@ def _merged(entries: list[Entry]) -> Iterator[Entry]:
 def _plan(node: Node) -> str:
     """What runs a call of an op, for the sizes that it was compiled with."""
     tensors = torch.fx.node.map_arg(node.args, value)
-    first: Tensor = tensors[0]  # type: ignore[index,assignment]
+    first: Tensor = tensors[0][0] if node.target is ops.gru_pair.default else tensors[0]  # type: ignore[index,assignment]
     reason = why_not_kernels(first)
     if first.device.type != "cuda":
         return f"PyTorch's own GRU ({reason})"
@@ -186,6 +193,16 @@ def _plan(node: Node) -> str:
             x.shape[0], x.shape[1], h.shape[1], str(x.dtype), tf32_allowed=torch_hooks.matmul_allows_tf32(),
             training=_is_differentiated([x, h, *weights]), unsupported=reason,
         )  # fmt: skip
+    elif node.target is ops.gru_pair.default:
+        from torch_gru_fuse.ops.kernel_path import plan_of_pair  # imports Triton
+
+        inputs, h, params, has_biases, reverse, batch_first = tensors  # type: ignore[misc]
+        training = _is_differentiated([*inputs, h, *params])
+        inputs = [x.transpose(0, 1) if batch_first else x for x in inputs]
+        both = plan_of_pair(PairCall(inputs, h, params, has_biases, reverse), training=training)
+        if isinstance(both, str):
+            return f"two calls ({both})"
+        plan = both
     elif node.target is ops.gru_packed.default:
         data, _, h, params, _, layers, _, _, bidirectional = tensors  # type: ignore[misc]
         plan = plan_gru_packed(
