@@ -16,9 +16,12 @@ pytestmark = pytest.mark.versions
 REVERSE = [list(flags) for flags in itertools.product([False, True], repeat=2)]
 
 
-def pair_args(T=5, B=3, I=(4, 7), H=6, *, bias=True, reverse=(False, True), batch_first=False, dtype=torch.float64):  # noqa: E741
+def pair_args(
+    T=5, B=3, I=(4, 7), H=6, *, bias=True, reverse=(False, True), batch_first=False, dtype=torch.float64, device="cpu"
+):  # noqa: E741
     """The six arguments, random."""
-    two = [gru_args(T, B, width, H, 1, bias=bias, batch_first=batch_first, dtype=dtype) for width in I]
+    options = {"bias": bias, "batch_first": batch_first, "dtype": dtype, "device": device}
+    two = [gru_args(T, B, width, H, 1, **options) for width in I]
     hx = torch.cat([args[1].detach() for args in two]).requires_grad_()
     return [args[0] for args in two], hx, [p for args in two for p in args[2]], bias, list(reverse), batch_first
 
