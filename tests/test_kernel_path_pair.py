@@ -6,6 +6,7 @@ The kernels run as in `test_kernel_path`.
 import itertools
 import logging
 
+import emulated
 import pytest
 import torch
 from problems import assert_same
@@ -13,7 +14,7 @@ from test_kernel_path import TILE, emulated_launcher, kernels_on_cpu, whole_on_c
 from test_pair_op import pair_args, two_calls
 
 from torch_gru_fuse.kernels import launch
-from torch_gru_fuse.ops import kernel_backward, kernel_path, schemas, torch_path, whole_path
+from torch_gru_fuse.ops import kernel_backward, kernel_path, schemas, timeouts, torch_path, whole_path
 from torch_gru_fuse.ops.call import PairCall
 from torch_gru_fuse.planner.plan import Plan
 from torch_gru_fuse.planner.whole_sequence import ResidentPlan, StagedPlan, WavefrontPlan, WholeSequencePlan
@@ -167,6 +168,17 @@ def test_the_reserve_may_be_copied_between_forward_and_backward(planned):
     grads = torch.randn_like(output), torch.randn_like(h_n)
     gradients = kernel_path.gru_pair_backward(call, *grads, output, reserve.clone(), [True] * len(call.tensors))
     assert_same(gradients, reference(call, grads)[1], 4e-3)
+
+
+def test_a_wait_that_ran_out_is_an_error(planned, monkeypatch):
+    planned("wavefront")
+    monkeypatch.setattr(emulated, "SETTLE_SECONDS", 0.2)
+    monkeypatch.setattr(whole_path, "missing_programs", 1)
+    output, h_n, _ = kernel_path.gru_pair_forward(float_call(H=32), False)
+    assert output[1].isnan().any() and h_n[1].isnan().all() and not output[0].isnan().any()
+    with pytest.raises(RuntimeError, match="torch_gru_fuse.gru_pair: the wavefront kernel gave up") as error:
+        timeouts.check(-1)
+    assert "T=5, B=3, H=32, reverse=[False, True], float32" in str(error.value)
 
 
 def test_empty_batch(planned):

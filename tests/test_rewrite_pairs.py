@@ -269,6 +269,29 @@ def test_through_inductor():
     assert {record.target for record in torch_gru_fuse.rewrites()} == {"gru_pair"}
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_results_may_be_changed_by_who_gets_them(training):
+    model, args = Two(), inputs()
+    plain = lambda x, y: (model.a(x)[0], model.b(y)[0])  # noqa: E731
+    with torch_gru_fuse.enable(), torch.set_grad_enabled(training):
+        expected = plain(*args)
+        results = torch.compile(plain, fullgraph=True)(*args)
+        results[0].mul_(2)
+        assert_same(results, (expected[0] * 2, expected[1]), 1e-6)
+        assert all(r.is_contiguous() for r in results)
+    assert {record.target for record in torch_gru_fuse.rewrites()} == {"gru_pair"}
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes")
+def test_exported_program():
+    model, args = Directions(), (torch.randn(T, B, I),)
+    program = torch.export.export(model, args)
+    assert rewrite(program.graph_module) == 2
+    [call] = calls(program.graph, "gru_pair")
+    assert call.args[4] == [False, True]
+    assert_same(program.module()(*args), model(*args), 1e-6)
+
+
 # ---- no pairs ---------------------------------------------------------------------------------------------------------------
 
 

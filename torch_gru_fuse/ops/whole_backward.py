@@ -18,7 +18,7 @@ from triton.runtime import driver
 from torch_gru_fuse.kernels import launch, prepare, resident_backward, staged_backward, wavefront_backward
 from torch_gru_fuse.ops import timeouts
 from torch_gru_fuse.ops.call import GRUCall, PairCall
-from torch_gru_fuse.ops.whole_path import aligned
+from torch_gru_fuse.ops.whole_path import aligned, sizes_of
 from torch_gru_fuse.planner.whole_sequence import WholeSequencePlan
 
 # By the name of a plan's kernel: kernel, its constants.
@@ -79,10 +79,8 @@ def _make_recipe(call: GRUCall | PairCall, whole: WholeSequencePlan, has_dy: boo
         dtype, dtype, torch.float32, torch.int64, None, None,
     ]  # fmt: skip
     described = timeouts.Call(
-        "gru_backward" if pair is None else "gru_pair_backward",
-        f"T={T}, B={B}, H={H}, num_layers={call.L}, bidirectional={reverse}, {str(dtype).removeprefix('torch.')}",
-        whole.kernel.name, str(whole), timeout,
-    )  # fmt: skip
+        "gru_backward" if pair is None else "gru_pair_backward", sizes_of(call), whole.kernel.name, str(whole), timeout
+    )
     fill_grid = (*prepare.fill_grid(steps=lanes * T, batch=B, hidden=4 * H), 1, 1)
     return _Recipe(
         fill_grid=fill_grid if whole.waits(reverse=not stack) else None,

@@ -150,7 +150,7 @@ def recipe_of(call: GRUCall | PairCall, whole: WholeSequencePlan, save: bool) ->
 
 
 def _make_recipe(call: GRUCall | PairCall, whole: WholeSequencePlan, save: bool) -> _Recipe:
-    T, B, I, H = call.T, call.B, call.input.shape[2], call.H
+    T, B, H = call.T, call.B, call.H
     dtype, device = call.input.dtype, call.input.get_device()
     lanes, padded, reverse, pair = whole.lanes, -(-H // 16) * 16, call.bidirectional, call.pair
     stack = lanes > 1 and not reverse and pair is None
@@ -174,10 +174,8 @@ def _make_recipe(call: GRUCall | PairCall, whole: WholeSequencePlan, save: bool)
     ]  # fmt: skip
     prepare_types = [dtype, torch.int32, dtype, dtype, dtype, dtype, torch.int64, None, None, None, None]
     described = timeouts.Call(
-        "gru" if pair is None else "gru_pair",
-        f"T={T}, B={B}, I={I}, H={H}, num_layers={call.L}, bidirectional={reverse}, {str(dtype).removeprefix('torch.')}",
-        whole.kernel.name, str(whole), timeout,
-    )  # fmt: skip
+        "gru" if pair is None else "gru_pair", sizes_of(call), whole.kernel.name, str(whole), timeout
+    )
     grid = whole.programs(B, H) - missing_programs
     return _Recipe(
         whole=whole,
@@ -211,6 +209,15 @@ def _make_recipe(call: GRUCall | PairCall, whole: WholeSequencePlan, save: bool)
         word=timeouts.word_of(device),
         launch_id=timeouts.id_of(described),
     )  # fmt: skip
+
+
+def sizes_of(call: GRUCall | PairCall) -> str:
+    """What an error message says of a call."""
+    dtype = str(call.input.dtype).removeprefix("torch.")
+    if call.pair is not None:
+        return f"T={call.T}, B={call.B}, H={call.H}, reverse={list(call.reverse)}, {dtype}"
+    inputs = call.input.shape[2]
+    return f"T={call.T}, B={call.B}, I={inputs}, H={call.H}, num_layers={call.L}, bidirectional={call.bidirectional}, {dtype}"
 
 
 def gru_forward(call: GRUCall | PairCall, save: bool, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
