@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .gates import dot, gru_gates, gru_gates_backward, keep_rows, project, round_tf32
-from .launch import launch, start
+from .launch import launch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -331,11 +331,11 @@ def _launch_steps(kernel, grid: tuple[int, ...], arguments: dict, steps: range) 
             arguments["s"] = s
             kernel[grid](**arguments)
         return
-    compiled, grid, stream, values = started
+    code, grid, stream, values = started
     i_s = kernel.arg_names.index("s")
     for s in steps[1:]:
         values[i_s] = s
-        start(compiled, grid, stream, values)
+        code.start(grid, stream, tuple(values))
 
 
 def sequence_forward(
