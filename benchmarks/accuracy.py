@@ -1,6 +1,6 @@
 """Error of the ops against float64, beside cuDNN's own error in the same precision.
 
-    TORCH_GRU_FUSE_KERNELS=triton python benchmarks/accuracy.py [--json FILE]
+    TORCH_GRU_FUSE_KERNELS=triton python benchmarks/accuracy.py [--shapes NAMES] [--json FILE]
 
 For every shape and precision: outputs, final states and the gradients of input, initial state and
 every parameter, by the ops and by `torch.gru` / `torch.gru_cell` on the same GPU, both compared
@@ -41,6 +41,7 @@ GRUS = {
     "h512": (64, 16, 512, 512, 2, False, True),
     "long": (1000, 4, 64, 128, 1, False, True),
     "longest": (2000, 4, 128, 256, 1, False, True),
+    "longest, 2": (2000, 4, 256, 256, 2, False, True),
     "wide": (16, 300, 128, 256, 1, False, True),
     "stream1": (1000, 1, 256, 256, 2, False, True),
     "h64": (200, 64, 64, 64, 2, False, True),
@@ -129,9 +130,16 @@ def compare(name: str, mode: str) -> Iterator[dict]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [*GRUS, *CELLS]
+    parser.add_argument("--shapes", help=f"semicolon-separated, of {'; '.join(names)} (all)")
     parser.add_argument("--json", help="write the rows to this file")
     args = parser.parse_args()
-    rows = [row for mode in MODES for name in (*GRUS, *CELLS) for row in compare(name, mode)]
+    if args.shapes:
+        names = args.shapes.split(";")
+        unknown = [name for name in names if name not in GRUS and name not in CELLS]
+        if unknown:
+            parser.error(f"--shapes has {'; '.join(unknown)}")
+    rows = [row for mode in MODES for name in names for row in compare(name, mode)]
     print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
     columns = ("max", "cuDNN", "rms", "cuDNN")
     print(f"{'shape':14} {'precision':10} {'what':12}", *(f"{c:>9}" for c in columns), f"{'max x':>6} {'rms x':>6}")

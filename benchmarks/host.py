@@ -36,18 +36,21 @@ library.impl(
 )
 
 
-def microseconds(run: Callable[[], object], calls: int = 200) -> float:
-    for _ in range(20):
-        run()
-    torch.cuda.synchronize()
-    rounds = []
-    for _ in range(7):
-        begin = time.perf_counter()
-        for _ in range(calls):
+def microseconds(*ways: Callable[[], object], calls: int = 100, rounds: int = 15) -> list[float]:
+    """Of a call of each; they take turns, for a host's speed changes from second to second."""
+    for run in ways:
+        for _ in range(20):
             run()
-        rounds.append((time.perf_counter() - begin) / calls * 1e6)
-        torch.cuda.synchronize()
-    return median(rounds)
+    torch.cuda.synchronize()
+    times: list[list[float]] = [[] for _ in ways]
+    for _ in range(rounds):
+        for run, of_way in zip(ways, times, strict=True):
+            begin = time.perf_counter()
+            for _ in range(calls):
+                run()
+            of_way.append((time.perf_counter() - begin) / calls * 1e6)
+            torch.cuda.synchronize()
+    return [median(of_way) for of_way in times]
 
 
 def gru(T: int, B: int, H: int, L: int, D: int, dtype: torch.dtype) -> None:
@@ -55,7 +58,7 @@ def gru(T: int, B: int, H: int, L: int, D: int, dtype: torch.dtype) -> None:
     x, hx = torch.randn(T, B, H, device=DEVICE, dtype=dtype), torch.zeros(L * D, B, H, device=DEVICE, dtype=dtype)
     arguments = (x, hx, module._flat_weights, True, L, 0.0, False, D == 2, False)
     ops = torch.ops.torch_gru_fuse_host.empty, torch.ops.torch_gru_fuse.gru, torch.gru
-    empty, ours, own = (microseconds(lambda op=op: op(*arguments)) for op in ops)
+    empty, ours, own = microseconds(*(lambda op=op: op(*arguments) for op in ops))
     print(f"T{T} B{B} H{H} L{L} D{D} {str(dtype)[6:]}: empty {empty:.1f} ours {ours:.1f} cuDNN {own:.1f} us; "
           f"above empty {ours - empty:.1f}", flush=True)  # fmt: skip
 
@@ -71,7 +74,7 @@ def cell(B: int, H: int, dtype: torch.dtype) -> None:
             if rewrite:
                 torch_gru_fuse.enable()
             try:
-                times.append(microseconds(lambda model=model, x=x, h=h: model(x, h)))
+                times += microseconds(lambda model=model, x=x, h=h: model(x, h), calls=200, rounds=7)
             finally:
                 torch_gru_fuse.disable()
     print(f"cell B{B} H{H} {str(dtype)[6:]}: inductor {times[0]:.1f} ours {times[1]:.1f} ({times[0] / times[1]:.2f}x)  "

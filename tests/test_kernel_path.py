@@ -185,14 +185,21 @@ def emulated_launcher(kernel, device, constants, types):
         memory = (ctypes.c_uint8 * (count * pointer.dtype.itemsize)).from_address(pointer.data_ptr())
         return torch.frombuffer(memory, dtype=pointer.dtype)
 
-    def run_prepare(grid, a):
+    def run_prepare(kernel, grid, a):
         H, L, T, B = a["H"], a["LANES"], a["T"], a["B"]
+        if "p_x" in a:
+            a |= {"p_w": tuple(at(w, 3 * H * a["I"]) for w in a["p_w"]), "p_x": at(a["p_x"], T * B * a["I"])}
+            a |= {"p_gi": at(a["p_gi"], len(a["p_w"]) * T * B * 3 * H)}
+        if not a.get("PREPARE", True):
+            unused = ("p_hx", "p_host", "p_out", "p_below", "p_h0", "p_h_n", "p_error")
+            kernel[grid](**(a | {name: torch.empty(0, dtype=a[name].dtype) for name in unused}))
+            return
         a |= {"p_hx": at(a["p_hx"], L * B * a["HX"]), "p_out": at(a["p_out"], T * B * H * (1 + a["REVERSE"]))}
         stack = L > 1 and not a["REVERSE"]
         a |= {"p_below": at(a["p_below"], (L - 1) * T * B * H) if stack else a["p_out"], "p_h_n": at(a["p_h_n"], L * B * H)}
         a |= {"p_h0": at(a["p_h0"], L * B * H)} if a["STATES"] else dict.fromkeys(("p_hx", "p_h0", "p_h_n"), a["p_out"])
         a |= {"p_error": at(a["p_error"], 4), "p_host": at(a["p_host"], 1)}
-        prepare.prepare_kernel[grid](**a)
+        kernel[grid](**a)
 
     def run_parameter_gradients(grid, a):
         H, programs = a["H"], a["PROGRAMS"]
@@ -205,8 +212,8 @@ def emulated_launcher(kernel, device, constants, types):
         pointers = (launch.Launcher._pointer(v, t) for v, t in zip(values, types, strict=True))
         arguments = dict(zip(kernel.arg_names, pointers, strict=False)) | constants
         name = kernel.fn.__name__
-        if name == "prepare_kernel":
-            run_prepare(grid, arguments)
+        if name in ("prepare_kernel", "project_kernel"):
+            run_prepare(getattr(prepare, name), grid, arguments)
         elif name == "parameter_gradients_kernel":
             run_parameter_gradients(grid, arguments)
         else:

@@ -7,6 +7,7 @@ import torch
 
 from torch_gru_fuse.kernels import aot
 from torch_gru_fuse.planner import tiles
+from torch_gru_fuse.planner.projection import projection_tile
 from torch_gru_fuse.planner.tiles import POINTWISE_TILE, Tile
 
 SHARED_LIMIT = 99 * 1024  # a program's share on sm_89; sm_90 has more
@@ -111,3 +112,18 @@ def test_prepare(dtype, lanes, hidden, reverse, states):
     resources = aot.compile_prepare(dtype, lanes=lanes, hidden=hidden, reverse=reverse, states=states)
     assert_fits(resources)
     assert "st.global.v4.b32" in resources.ptx  # fills 16 bytes at a time: bound by memory bandwidth
+
+
+@pytest.mark.parametrize("capability", [89, 90])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "rows, inputs, hidden, options",
+    [
+        (8, 256, 256, {"lanes": 6}), (32, 64, 64, {"prepares": False}), (200, 128, 512, {"reverse": True, "lanes": 2}),
+        (2048, 128, 256, {"lanes": 2}), (32, 1024, 1024, {"batch_first": True}), (64, 33, 128, {}), (1024, 33, 256, {}),
+    ],
+)  # fmt: skip
+def test_project(rows, inputs, hidden, options, dtype, capability):
+    tile = projection_tile(rows, inputs, dtype.itemsize)
+    resources = aot.compile_project(dtype, tile, inputs=inputs, hidden=hidden, capability=capability, **options)
+    assert_fits(resources)

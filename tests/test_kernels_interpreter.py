@@ -541,3 +541,40 @@ def test_both_operands_of_every_product_are_rounded_to_tf32():
     d_hh = rounded(d_gates).flatten(3)[0, 0, :, : 3 * hidden].double()
     by_hand = grad[0].double() * by_kernel[0, 0, :, 1].double() + d_hh @ rounded(w_hh).double().roll(hidden, 0)
     torch.testing.assert_close(d_h0[0].double(), by_hand, rtol=0, atol=1e-6)  # tf32 itself is 1e-3 away
+
+
+# ---- the input projection of whole sequences ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype, tf32", PRECISIONS)
+@pytest.mark.parametrize("steps, batch, inputs, directions", [(5, 7, 32, 1), (3, 8, 21, 2), (1, 1, 16, 1), (40, 2, 48, 2)])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_project(dtype, tf32, steps, batch, inputs, directions, batch_first):
+    """The product with each direction's weights, and what is prepared beside it."""
+    prepare, hidden, rows = interpreted.load("kernels.prepare"), 16, steps * batch
+    x = draw(dtype, *((batch, steps) if batch_first else (steps, batch)), inputs)
+    w = tuple(draw(dtype, 3 * hidden, inputs, seed=d) for d in range(directions))
+    gi, out = unwritten(dtype, directions, rows, 3 * hidden), unwritten(dtype, steps, batch, directions * hidden)
+    hx = draw(dtype, directions, batch, hidden)
+    h_n, h0 = unwritten(dtype, *hx.shape), unwritten(dtype, batch, directions * hidden)
+    error, host = torch.full((4,), -1), torch.zeros(1, dtype=torch.int32)
+    sizes = dict(lanes=directions, hidden=hidden, reverse=directions == 2, fill_out=True, states=True, ring=False)
+    preparing, = prepare.prepare_grid(steps=steps, batch=batch, rows=batch, **sizes)
+    constants = prepare.project_constants(
+        TILE, inputs=inputs, batch_first=batch_first, tf32=tf32 and dtype == torch.float32, prepare=True,
+        inputs_hidden=hidden, **sizes,
+    )
+    grid = prepare.project_grid(TILE, weights=directions, rows=rows, hidden=hidden, preparing=preparing)
+    prepare.project_kernel[grid](x, w, gi, hx, host, out, out, h0, h_n, error, 5, steps, batch, batch, **constants)
+    a = (x.transpose(0, 1) if batch_first else x).reshape(rows, inputs).double()
+    for found, weight in zip(gi, w, strict=True):
+        b = weight.double().t()
+        bounds = {}
+        for worst in (True, False):
+            errors = Errors(worst, dtype, tf32)
+            bounds[worst] = errors.stored(a @ b, errors.dot(a, b))
+        assert_within(found, a @ b, bounds, "gi")
+    integer = torch.int32 if dtype == torch.float32 else torch.int16
+    assert (out.view(integer) == -1).all() and (h_n.view(integer) == -1).all()
+    assert torch.equal(h0.view(batch, directions, hidden).transpose(0, 1), hx)
+    assert error[:3].tolist() == [0, host.data_ptr(), 5]

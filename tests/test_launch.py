@@ -58,7 +58,7 @@ def arguments(**changes):
 def test_second_launch_does_not_ask_triton(through_triton):
     started = launch(kernel, (2, 3), arguments())
     (_, compiled), = through_triton
-    assert started.compiled is compiled and started.grid == (2, 3, 1) and started.stream == 7 and not compiled.launches
+    assert started.code.compiled is compiled and started.grid == (2, 3, 1) and started.stream == 7 and not compiled.launches
     other = torch.zeros(64)
     launch(kernel, (9,), arguments(p_x=other, B=100))
     assert len(through_triton) == 1
@@ -101,6 +101,51 @@ def test_launcher(through_triton):
     assert compiled.launches[0][0] == (64, (128, 512), None, 4, 5, 16, True)
     run((1, 1, 1), 7, (68, (128, 512), None, 4, 5), False)
     assert len(through_triton) == 2 and len(compiled.launches) == 1
+
+
+class TritonLauncher:
+    """What Triton's launcher does: scratch memory if there is to be any, then one call of the driver."""
+
+    def __init__(self, nested, scratch=0):
+        self.global_scratch_size, self.profile_scratch_size, self.nested = scratch, 0, nested
+        self.launch, self.calls, self.driven = self.drive, 0, []
+
+    def drive(self, *args):
+        self.driven.append(args)
+
+    def __call__(self, x, y, z, stream, function, packed, metadata, enter, leave, *values):
+        self.calls += 1
+        beginning = (x, y, z, stream, function, False, None, packed, metadata, enter, leave)
+        self.launch(*beginning, *(((), values) if self.nested else values))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_later_launches_go_to_the_driver(nested, monkeypatch):
+    run = TritonLauncher(nested)
+    code = module.Code(SimpleNamespace(run=run, function=11, packed_metadata=(4, 1), launch_metadata=lambda *_: "metadata"))
+    for i in range(3):
+        code.start((2, 3, 4 + i), 7 + i, (64, (128, 256), None, i, False))
+    assert run.calls == 1 and len(run.driven) == 3 and run.launch == run.drive
+    for i, args in enumerate(run.driven):
+        values = (64, (128, 256), None, i, False)
+        beginning = (2, 3, 4 + i, 7 + i, 11, False, None, (4, 1), None, None, None)
+        assert args == (*beginning, *(((), values) if nested else values))
+    monkeypatch.setattr(triton.knobs.runtime.launch_exit_hook, "calls", [lambda metadata: None])
+    code.start((1, 1, 1), 7, (0, (1, 2), None, 5, True))
+    assert run.calls == 2 and run.driven[-1][8] == "metadata"
+
+
+class AddsValues(TritonLauncher):
+    def __call__(self, *args):
+        super().__call__(*args, "more")
+
+
+@pytest.mark.parametrize("run", [TritonLauncher(False, scratch=128), AddsValues(False)], ids=["scratch", "values"])
+def test_launchers_that_do_more_are_always_asked(run):
+    code = module.Code(SimpleNamespace(run=run, function=11, packed_metadata=None))
+    for i in range(3):
+        code.start((1, 1, 1), 7, (i, 64))
+    assert run.calls == len(run.driven) == 3
 
 
 def test_launchers_are_shared():
@@ -153,7 +198,7 @@ def test_refusals_of_the_driver(error, fits, compiled):
     handle = SimpleNamespace(run=refuse, function=None, packed_metadata=None)
     with pytest.raises(RuntimeError if fits else DoesNotFit) as raised:
         if compiled:
-            module.start(handle, (1, 1, 1), 0, ())
+            module.Code(handle).start((1, 1, 1), 0, ())
         else:
             module._through_triton(Kernel(), (1,), {})
     assert isinstance(raised.value, DoesNotFit) != fits and str(error) in str(raised.value)

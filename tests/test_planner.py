@@ -10,6 +10,7 @@ import pytest
 from torch_gru_fuse.planner import plan as plan_module
 from torch_gru_fuse.planner.gpus import GPUS
 from torch_gru_fuse.planner.plan import plan_gru, plan_gru_cell, uses_tf32, whole_sequence_is_faster
+from torch_gru_fuse.planner.projection import projection_tile
 from torch_gru_fuse.planner.tiles import Tile
 from torch_gru_fuse.planner.whole_sequence import WholeSequencePlan
 
@@ -152,11 +153,24 @@ def test_one_time_step_streams(choose):
 
 
 def test_one_small_layer_called_by_itself():
-    """cuDNN has one kernel for it, and fewer calls to make; a CUDA graph makes them for nothing."""
-    short, long = (dict(T=T, B=8, I=64, H=64, L=1, dtype="torch.float16", gpu=H200) for T in (4, 200))
-    assert gru(**short).kernel == "whole" and gru(**short, captured=False).kernel == "torch"
+    """cuDNN has one kernel for it, and fewer calls to make than three; a CUDA graph makes them for nothing."""
+    two, three, long = (
+        dict(T=T, B=B, I=I, H=64, L=1, dtype="torch.float16", gpu=H200) for T, B, I in ((4, 8, 64), (64, 64, 1), (200, 64, 1))
+    )
+    assert gru(**two).kernel == gru(**two, captured=False).kernel == "whole"
+    assert gru(**three).kernel == "whole" and gru(**three, captured=False).kernel == "torch"
     assert gru(**long, captured=False).kernel == "whole"
-    assert gru(**{**short, "L": 2}, captured=False).kernel == "whole"
+    assert gru(**{**three, "L": 2}, captured=False).kernel == "whole"
+
+
+def test_who_makes_the_input_projection():
+    """Few rows: the launch that prepares; many: PyTorch, whose product is the faster one."""
+    for element_bytes in (2, 4):
+        for inputs, most in ((64, 32768), (256, 2048), (1024, 32), (33, 2048), (250, 256)):
+            assert projection_tile(most, inputs, element_bytes) is not None
+        for inputs, more in ((64, 32769), (128, 2049), (1024, 129), (33, 2049), (250, 257), (1025, 1), (257, 1)):
+            assert projection_tile(more, inputs, element_bytes) is None
+    assert projection_tile(128, 1024, 2) is not None and projection_tile(128, 1024, 4) is None
 
 
 @pytest.mark.parametrize(("dtype", "block_k"), [("torch.float32", 64), ("torch.float16", 128)])

@@ -90,6 +90,12 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("plan, variant", CASES[2:7])
+def test_launches_after_a_product_by_pytorch(launches_on_cpu, monkeypatch, plan, variant):
+    monkeypatch.setattr(whole_path, "projection_tile", lambda *sizes: None)
+    test_launches(launches_on_cpu, monkeypatch, plan, variant)
+
+
 @pytest.mark.parametrize("plan, variant", CASES)
 def test_launches(launches_on_cpu, monkeypatch, plan, variant):
     args = gru_args(**variant, requires_grad=False)
@@ -148,7 +154,24 @@ def test_addresses_that_are_not_aligned(launches_on_cpu, monkeypatch, plan, vari
     run = ready(monkeypatch, plan, args)
     assert run(x, misaligned(hx), params) is None
     assert run(x, hx, [*params[:-1], misaligned(params[-1])]) is None
-    assert (run(misaligned(x), hx, params) is None) == (plan is STREAM)
+    assert run(misaligned(x), hx, params) is None
+    if plan is not STREAM:  # PyTorch's product takes any address
+        monkeypatch.setattr(whole_path, "projection_tile", lambda *sizes: None)
+        monkeypatch.setattr(whole_path, "_recipes", {})
+        expected = torch.gru(*args)
+        assert_same(ready(monkeypatch, plan, args)(misaligned(x), hx, params), expected, 2e-3)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("product", ["ours", "PyTorch's"])
+def test_input_with_strides(launches_on_cpu, monkeypatch, batch_first, product):
+    """Neither [T, B, I] nor [B, T, I] in memory."""
+    if product != "ours":
+        monkeypatch.setattr(whole_path, "projection_tile", lambda *sizes: None)
+    x, *others = gru_args(L=1, H=32, batch_first=batch_first, requires_grad=False)
+    args = x[..., ::2], others[0], [others[1][0][:, ::2].contiguous(), *others[1][1:]], *others[2:]
+    run = ready(monkeypatch, whole(1, SPREAD), args)
+    assert_same(run(*args[:3]), torch.gru(*args), 2e-3)
 
 
 def test_what_has_no_ready_call(monkeypatch):

@@ -319,6 +319,23 @@ def compile_prepare(
     return compile_launch(prepare.prepare_kernel, arguments, capability=capability)
 
 
+def compile_project(
+    dtype: torch.dtype, tile: Tile, *, inputs: int, hidden: int, lanes: int = 1, reverse: bool = False,
+    batch_first: bool = False, prepares: bool = True, capability: int = 89,
+) -> Resources:  # fmt: skip
+    """`project_kernel`; hidden: a multiple of 16."""
+    new = functools.partial(torch.empty, 16, dtype=dtype, device="meta")
+    sizes = dict(lanes=lanes, hidden=hidden, reverse=reverse, fill_out=prepares, states=prepares, ring=False)
+    arguments: dict[str, Any] = dict.fromkeys(("p_x", "p_gi", "p_hx", "p_out", "p_below", "p_h0", "p_h_n"), new())
+    arguments |= dict(p_w=(new(),) * (2 if reverse else 1), p_host=new(dtype=torch.int32), p_error=new(dtype=torch.int64))
+    arguments |= dict(launch_id=7, T=3, B=5, R=5)
+    arguments |= prepare.project_constants(
+        tile, inputs=inputs, batch_first=batch_first, tf32=dtype == torch.float32, prepare=prepares, inputs_hidden=hidden,
+        **sizes,
+    )  # fmt: skip
+    return compile_launch(prepare.project_kernel, arguments, capability=capability)
+
+
 def compile_parameter_gradients(
     dtype: torch.dtype, *, lanes: int, hidden: int, rotated: bool = True, biases: bool = True, capability: int = 89
 ) -> Resources:

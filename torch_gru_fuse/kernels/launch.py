@@ -18,7 +18,7 @@ from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 _ALIGNMENT = 16
 #: What the driver says when programs that have to be on the GPU at once do not fit, or one alone does not.
@@ -41,28 +41,80 @@ class Pointer:
         return self.address
 
 
-class Started(NamedTuple):
-    """A launch that was made, to be repeated by ``start`` with other values."""
+class Code:
+    """What Triton has compiled, to be launched with addresses.
 
-    compiled: Any
+    Triton's launcher is a function of Python around one of C, and takes as long again.  What it passes to that is seen at the
+    first launch; if that is the values after a beginning that depends on the code alone, later launches pass it themselves.
+    """
+
+    __slots__ = ("_direct", "compiled")
+
+    def __init__(self, compiled: Any):
+        self.compiled = compiled
+        self._direct: Callable[..., None] | None = None
+
+    def start(self, grid: tuple[int, int, int], stream: int, values: tuple[Any, ...]) -> None:
+        """values: of all parameters, pointers as integers."""
+        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+        try:
+            if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler's
+                metadata = self.compiled.launch_metadata(grid, stream, *values)
+                self._run(grid, stream, values, metadata, enter, leave)
+            elif self._direct is None:
+                self._direct = self._seen(grid, stream, values)
+            else:
+                self._direct(grid, stream, values)
+        except RuntimeError as error:
+            _raise_if_it_does_not_fit(error)
+            raise
+
+    def _run(self, grid: tuple[int, int, int], stream: int, values: tuple[Any, ...], *hooks: Any) -> None:
+        compiled = self.compiled
+        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, *hooks, *values)
+
+    def _seen(self, grid: tuple[int, int, int], stream: int, values: tuple[Any, ...]) -> Callable[..., None]:
+        """Launches as Triton does; what repeats that."""
+        launcher, function = self.compiled.run, self.compiled.function
+        fields = getattr(launcher, "__dict__", {})
+        through_triton = self._run_without_hooks
+        if "launch" not in fields or fields.get("global_scratch_size") != 0 or fields.get("profile_scratch_size") != 0:
+            self._run_without_hooks(grid, stream, values)
+            return through_triton
+        calls: list[tuple[Any, ...]] = []
+        to_driver = launcher.launch
+
+        def record(*args: Any) -> None:
+            calls.append(args)
+            to_driver(*args)
+
+        launcher.launch = record
+        try:
+            self._run_without_hooks(grid, stream, values)
+        finally:
+            launcher.launch = to_driver
+        if len(calls) != 1 or calls[0][:5] != (*grid, stream, function):
+            return through_triton
+        after, count = calls[0][5:], len(values)
+        if len(after) > count and after[len(after) - count :] == values:
+            beginning = (function, *after[: len(after) - count])
+            return lambda grid, stream, values: to_driver(*grid, stream, *beginning, *values)
+        if after and after[-1] == values:
+            beginning = (function, *after[:-1])
+            return lambda grid, stream, values: to_driver(*grid, stream, *beginning, values)
+        return through_triton
+
+    def _run_without_hooks(self, grid: tuple[int, int, int], stream: int, values: tuple[Any, ...]) -> None:
+        self._run(grid, stream, values, None, None, None)
+
+
+class Started(NamedTuple):
+    """A launch that was made, to be repeated by ``code.start`` with other values."""
+
+    code: Code
     grid: tuple[int, int, int]
     stream: int
     values: list[Any]
-
-
-def start(compiled: Any, grid: tuple[int, int, int], stream: int, values: Sequence[Any]) -> None:
-    """Launches compiled code; values: of all parameters, pointers as integers."""
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    metadata = None
-    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler's
-        metadata = compiled.launch_metadata(grid, stream, *values)
-    else:
-        enter = leave = None
-    try:
-        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *values)
-    except RuntimeError as error:
-        _raise_if_it_does_not_fit(error)
-        raise
 
 
 def _raise_if_it_does_not_fit(error: Exception) -> None:
@@ -80,7 +132,7 @@ def _through_triton(kernel: triton.JITFunction, grid: tuple[int, ...], arguments
         raise
 
 
-_compiled: dict[tuple, Any] = {}
+_compiled: dict[tuple, Code] = {}
 
 
 def launch(kernel: triton.JITFunction, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> Started | None:
@@ -109,18 +161,18 @@ def launch(kernel: triton.JITFunction, grid: tuple[int, ...], arguments: Mapping
     stream = driver.active.get_current_stream(device)
     grid = (*grid, 1, 1)[:3]
     place = tuple(key)
-    compiled = None if bits % _ALIGNMENT else _compiled.get(place)
+    code = None if bits % _ALIGNMENT else _compiled.get(place)
     del values[len(kernel.arg_names) :]
-    if compiled is not None:
-        start(compiled, grid, stream, values)
+    if code is not None:
+        code.start(grid, stream, tuple(values))
     else:
         assert list(arguments)[: len(values)] == kernel.arg_names
-        compiled = _through_triton(kernel, grid, arguments)
+        code = Code(_through_triton(kernel, grid, arguments))
         if not bits % _ALIGNMENT:
             if len(_compiled) >= 4096:  # strides of every kind
                 _compiled.clear()
-            _compiled[place] = compiled
-    return Started(compiled, grid, stream, values)
+            _compiled[place] = code
+    return Started(code, grid, stream, values)
 
 
 class Launcher:
@@ -134,17 +186,17 @@ class Launcher:
         self._kernel, self._constants, self._types = kernel, dict(constants), tuple(types)
         self._names = kernel.arg_names[: len(types)]
         self._tail = tuple(constants[name] for name in kernel.arg_names[len(types) :])
-        self._compiled: Any = None
+        self._code: Code | None = None
 
     def __call__(self, grid: tuple[int, int, int], stream: int, values: tuple, aligned: bool) -> None:
         """values: addresses, tuples of them, integers.  aligned: whether all addresses are multiples of 16."""
-        if aligned and self._compiled is not None:
-            start(self._compiled, grid, stream, values + self._tail)
+        if aligned and self._code is not None:
+            self._code.start(grid, stream, values + self._tail)
             return
         pointers = (self._pointer(v, t) for v, t in zip(values, self._types, strict=True))
         compiled = _through_triton(self._kernel, grid, dict(zip(self._names, pointers, strict=True)) | self._constants)
         if aligned:
-            self._compiled = compiled
+            self._code = Code(compiled)
 
     @staticmethod
     def _pointer(value: Any, kind: Any) -> Any:

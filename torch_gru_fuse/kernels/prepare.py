@@ -1,6 +1,7 @@
-"""What kernels of whole sequences find in memory: sequences that say "not yet", the initial state, an error block.
+"""What kernels of whole sequences find in memory: sequences that say "not yet", the initial state, an error block, and gi.
 
 The product that makes gi comes before this launch: what it writes would push the fresh lines out of L2, where they are polled.
+Where it is small it is a part of it (``project_kernel``): then L2 holds both, and the host launches once.
 """
 
 from __future__ import annotations
@@ -10,12 +11,17 @@ from typing import TYPE_CHECKING, Any
 import triton
 import triton.language as tl
 
+from .gates import dot
+
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..planner.tiles import Tile
 
-@triton.jit(do_not_specialize=["launch_id", "T", "B", "R"])
-def prepare_kernel(
+
+@triton.jit
+def _prepare(
+    pid,
     p_hx, p_host,
     p_out, p_below, p_h0, p_h_n, p_error,
     launch_id, T, B, R,
@@ -35,7 +41,6 @@ def prepare_kernel(
     """
     dtype: tl.constexpr = p_out.dtype.element_ty
     integer: tl.constexpr = tl.int32 if dtype.primitive_bitwidth == 32 else tl.int16
-    pid = tl.program_id(0)
     if pid == 0:
         tl.store(p_error, 0)
         tl.store(p_error + 1, p_host.to(tl.int64))
@@ -75,6 +80,74 @@ def prepare_kernel(
             tl.store(p_below + (R * (LANES * H) + o_row), 0.0, m_ring)
 
 
+@triton.jit(do_not_specialize=["launch_id", "T", "B", "R"])
+def prepare_kernel(
+    p_hx, p_host,
+    p_out, p_below, p_h0, p_h_n, p_error,
+    launch_id, T, B, R,
+    LANES: tl.constexpr, H: tl.constexpr, HX: tl.constexpr,
+    REVERSE: tl.constexpr, FILL_OUT: tl.constexpr, STATES: tl.constexpr, RING: tl.constexpr,
+    BLOCK: tl.constexpr, STATE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program prepares one part, as ``_prepare`` says."""
+    _prepare(
+        tl.program_id(0), p_hx, p_host, p_out, p_below, p_h0, p_h_n, p_error, launch_id, T, B, R,
+        LANES, H, HX, REVERSE, FILL_OUT, STATES, RING, BLOCK, STATE_BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["launch_id", "T", "B", "R"])
+def project_kernel(
+    p_x, p_w, p_gi,
+    p_hx, p_host,
+    p_out, p_below, p_h0, p_h_n, p_error,
+    launch_id, T, B, R,
+    LANES: tl.constexpr, H: tl.constexpr, HX: tl.constexpr,
+    REVERSE: tl.constexpr, FILL_OUT: tl.constexpr, STATES: tl.constexpr, RING: tl.constexpr,
+    BLOCK: tl.constexpr, STATE_BLOCK: tl.constexpr,
+    I: tl.constexpr, BATCH_FIRST: tl.constexpr, TF32: tl.constexpr, PREPARE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """gi = x W^T of each of the weights p_w, a tile of it a program; if PREPARE, further programs are those of ``_prepare``.
+
+    x [T, B, I] or, if BATCH_FIRST, [B, T, I]; each W [3H, I]; gi [weights, T, B, 3H].  Sums are fp32, fp32 operands are
+    rounded to tf32 if TF32.
+
+    Bytes: x once for each tile of columns and W for each of rows, gi once.  Bound by the latency of one pass over k: it is for
+    few rows.
+    """
+    G: tl.constexpr = 3 * H
+    TILES_N: tl.constexpr = (G + BLOCK_N - 1) // BLOCK_N
+    pid = tl.program_id(0)
+    rows = T * B
+    tiles = (rows + BLOCK_M - 1) // BLOCK_M * TILES_N
+    if pid < tiles * len(p_w):
+        i_d = pid // tiles
+        o_m = pid % tiles // TILES_N * BLOCK_M + tl.arange(0, BLOCK_M)
+        o_n = pid % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
+        m_m, m_n = o_m < rows, (o_n < G) | (G % BLOCK_N == 0)
+        o_x = o_m
+        if BATCH_FIRST:
+            o_x = o_m % B * T + o_m // B
+        p_wd = p_w[0]
+        if len(p_w) == 2:
+            p_wd = tl.where(i_d == 0, p_w[0], p_w[1])
+        b_gi = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+        for k in range(0, I, BLOCK_K):
+            o_k = k + tl.arange(0, BLOCK_K)
+            m_k = (o_k < I) | (I % BLOCK_K == 0)  # folds to true where no block is partial
+            b_x = tl.load(p_x + o_x.to(tl.int64)[:, None] * I + o_k[None, :], m_m[:, None] & m_k[None, :], 0.0)
+            b_w = tl.load(p_wd + o_n[None, :] * I + o_k[:, None], m_k[:, None] & m_n[None, :], 0.0)
+            b_gi = dot(b_x, b_w, b_gi, TF32, False)
+        o_gi = (i_d.to(tl.int64) * rows + o_m)[:, None] * G + o_n[None, :]
+        tl.store(p_gi + o_gi, b_gi, m_m[:, None] & m_n[None, :])
+    elif PREPARE:
+        _prepare(
+            pid - tiles * len(p_w), p_hx, p_host, p_out, p_below, p_h0, p_h_n, p_error, launch_id, T, B, R,
+            LANES, H, HX, REVERSE, FILL_OUT, STATES, RING, BLOCK, STATE_BLOCK,
+        )  # fmt: skip
+
+
 _BLOCK, _STATE_BLOCK = 8192, 1024
 
 
@@ -97,6 +170,22 @@ def prepare_grid(
     if not reverse:
         blocks += -(-(lanes - 1) * steps * batch * hidden // _BLOCK)
     return (max(1, blocks + (-(-lanes * rows * hidden // _STATE_BLOCK) if states else 0)),)
+
+
+def project_constants(
+    tile: Tile, *, inputs: int, batch_first: bool, tf32: bool, prepare: bool, **sizes: Any
+) -> dict[str, Any]:  # fmt: skip
+    """Constants and options of ``project_kernel``; sizes: of ``prepare_constants``."""
+    constants = prepare_constants(**sizes)
+    return constants | dict(
+        I=inputs, BATCH_FIRST=batch_first, TF32=tf32, PREPARE=prepare, BLOCK_M=tile.block_b, BLOCK_N=tile.block_u,
+        BLOCK_K=tile.block_k, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+
+
+def project_grid(tile: Tile, *, weights: int, rows: int, hidden: int, preparing: int) -> tuple[int]:
+    """Programs of ``project_kernel``: rows are T*B, and ``preparing`` are those of ``prepare_grid``, or 0."""
+    return (weights * -(-rows // tile.block_b) * -(-3 * hidden // tile.block_u) + preparing,)
 
 
 def prepare_launch(

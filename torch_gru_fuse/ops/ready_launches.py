@@ -139,48 +139,58 @@ def _whole_sequences(call: GRUCall, plan: Plan, batch_first: bool, *, reserve: i
     recipe = whole_path.recipe_of(call, plan.whole, save)
     T, B, H, D, states, dtype = call.T, call.B, call.H, call.D, call.L * call.D, call.hx.dtype
     lanes, each, itemsize = recipe.lanes, recipe.each, dtype.itemsize
+    dense, batch_major = whole_path.dense(call.input)
+    copies = dense is not call.input
     # of each launch: its first state, in elements of a tensor [L*D, B, H]; places of its parameters, and of those that multiply
-    # its input
-    launches = [
-        (first * B * H, call.places(first, lanes), slice(first * each, (first + D) * each, each))
-        for first in range(0, states, lanes)
-    ]
+    # its input; what makes gi; its workspace
+    launches = []
+    for first in range(0, states, lanes):
+        projection = recipe.projection(call.input.shape[2] if first == 0 else D * H, batch_major and first == 0)
+        room = recipe.room(projection, below=not save)
+        places = call.places(first, lanes), slice(first * each, (first + D) * each, each)
+        launches.append((first * B * H, *places, room, ((room.size // itemsize,), (1,), dtype)))
     top = launches[-1][0]
+    x_is_taken = launches[0][3].projection is not None and not copies
     new_results = _Results(call, batch_first, reserve=reserve)
     between = (T, B, D * H), (B * D * H, D * H, 1)
-    workspace_size = recipe.workspace_bytes(below=not save) // itemsize
-    workspace_arguments = (workspace_size,), (1,), dtype
     gates_from = (states - D) * T * B * H  # in a reserve, after the outputs of inner layers
 
     def run(x: Tensor, hx: Tensor, params: list[Tensor]) -> tuple[Tensor, ...] | None:
         p_hx, p_params = hx.data_ptr(), [p.data_ptr() for p in params]
-        if reduce(or_, p_params, p_hx) % 16 or whole_path.missing_programs:
+        addresses = p_hx | x.data_ptr() if x_is_taken else p_hx
+        if reduce(or_, p_params, addresses) % 16 or whole_path.missing_programs:
             return None
         new = torch_hooks.empty_strided_cuda
         results = new_results()
-        output, h_n, *saved = results
-        p_h_n = h_n.data_ptr()
-        if batch_first:
-            x = x.transpose(0, 1)
+        output, h_n = results[:2]
+        p_h_n, p_gi = h_n.data_ptr(), 0
         gates = below = None
         if save:
-            below = saved[0].data_ptr()
+            reserve = results[2]
+            below = reserve.data_ptr()
         try:
-            for state, of_launch, of_input in launches:
-                gi = whole_path.input_projection(x, params[of_input], plan.tf32)
+            for state, of_launch, of_input, room, workspace in launches:
+                if state == 0 and batch_first and not x_is_taken:
+                    x = x.transpose(0, 1)
+                if room.projection is None:
+                    gi = whole_path.input_projection(x, params[of_input], plan.tf32)
+                    p_gi = gi.data_ptr()
+                elif state == 0 and copies:
+                    x = x.contiguous()
                 if state == top:
-                    x = output
+                    y = output
                 elif save:
-                    x = saved[0].as_strided(*between, state * T)
+                    y = reserve.as_strided(*between, state * T)
                 else:
-                    x = new(*between, dtype)
+                    y = new(*between, dtype)
                 if save:
                     gates = below + (gates_from + 4 * T * state) * itemsize
-                workspace = new(*workspace_arguments) if workspace_size else gi
+                space = new(*workspace)
                 recipe.launch(
-                    gi.data_ptr(), p_hx + state * itemsize, p_params[of_launch], x.data_ptr(), p_h_n + state * itemsize,
-                    workspace.data_ptr(), gates, below,
+                    room, space.data_ptr(), x.data_ptr(), p_gi, p_hx + state * itemsize, p_params[of_launch], y.data_ptr(),
+                    p_h_n + state * itemsize, gates, below, aligned=True,
                 )  # fmt: skip
+                x = y
         except DoesNotFit:  # the ordinary way says so, and plans anew
             return None
         return kernel_path.remember(results, save, plan, None)

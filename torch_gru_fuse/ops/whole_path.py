@@ -1,17 +1,17 @@
 """Whole sequences in one launch behind the sequence op.
 
-A launch is three things: the product that makes the input projection, ``prepare``, and the kernel of the plan.  All that
-follows from sizes alone is made once (`_Recipe`), so a call only allocates and gathers addresses.  Where H is no multiple
+A launch is three things: the product that makes the input projection, ``prepare``, and the kernel of the plan.  A small product
+is a part of ``prepare`` (`planner.projection`).  All that follows from sizes alone is made once (`_Recipe`), so a call only
+allocates and gathers addresses.  Where H is no multiple
 of 16 the parameters are padded with zeros in each call, and results are cut out.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import or_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch_gru_fuse.kernels import launch, prepare, resident, staged, wavefront
 from torch_gru_fuse.ops import timeouts
 from torch_gru_fuse.ops.call import GRUCall, PairCall
 from torch_gru_fuse.planner.plan import Plan
+from torch_gru_fuse.planner.projection import projection_tile
 from torch_gru_fuse.planner.whole_sequence import ResidentPlan, StagedPlan, WholeSequencePlan
 
 # By the name of a plan's kernel: kernel, its constants.
@@ -34,6 +35,26 @@ _KERNELS = {
 
 #: For tests: so many programs of each launch are never started, and others wait for them.
 missing_programs = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Projection:
+    """The launch that prepares and makes gi, for one width and layout of x; ``gi_bytes`` of it."""
+
+    grid: tuple[int, int, int]
+    run: launch.Launcher
+    gi_bytes: int
+
+
+class _Room(NamedTuple):
+    """Bytes of a launch's workspace, and where in it things are, None for what is not; the error block is its beginning."""
+
+    size: int
+    h0: int | None
+    below: int | None  # or the ring
+    handed: int | None
+    gi: int | None
+    projection: _Projection | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +76,7 @@ class _Recipe:
         handed_bytes: of the same after dropout, if there is any.
         first_bytes: of a pair, those of the first of its sequences, which the other follows; else 0.
         run_prepare, run_kernel: to be called with addresses.
+        projection: of x [T, B, I] by I and whether its memory is [B, T, I]; None where PyTorch makes the product.
         word, launch_id: for the error block.
     """
 
@@ -77,55 +99,59 @@ class _Recipe:
     kernel_grid: tuple[int, int, int]
     run_prepare: launch.Launcher
     run_kernel: launch.Launcher
+    projection: Callable[[int, bool], _Projection | None]
     word: int
     launch_id: int
 
-    def workspace_bytes(self, *, below: bool) -> int:
-        """Of an error block, prepared states and sequences that are handed on; 0 where nobody waits for anybody.
+    def room(self, projection: _Projection | None, *, below: bool) -> _Room:
+        """The workspace of a launch; projection: what makes gi there, if anything does.
 
         below: the sequences of all lanes but the highest have no other place.
         """
-        if self.prepare_grid is None:
-            return 0
-        return _ERROR_BYTES + self.state_bytes + self.ring_bytes + (self.below_bytes if below else 0) + self.handed_bytes
+        end, places = 0, []
+        waits = self.prepare_grid is not None
+        sizes = (
+            _ERROR_BYTES if waits else 0, self.state_bytes, self.ring_bytes or (self.below_bytes if below else 0),
+            self.handed_bytes, 0 if projection is None else projection.gi_bytes,
+        )  # fmt: skip
+        for size in sizes:
+            places.append(end if size else None)
+            end += size
+        return _Room(end, *places[1:], projection)
 
     def launch(
-        self, gi: int, hx: int, params: Sequence[int], out: int, h_n: int, workspace: int,
-        gates: int | None = None, below: int | None = None, masks: int | None = None,
+        self, room: _Room, workspace: int, x: int, gi: int, hx: int, params: Sequence[int], out: int, h_n: int,
+        gates: int | None = None, below: int | None = None, masks: int | None = None, *, aligned: bool,
     ) -> None:  # fmt: skip
-        """Prepares and runs, at these addresses.
+        """Prepares and runs, at these addresses; ``aligned``: all are multiples of 16.
 
-        params: of each lane w_ih, w_hh and, with biases, b_ih, b_hh.  gates: None: are not saved.  below: None: in the
-        workspace.  masks: of a stack with dropout, else None.
+        gi: where x W^T is, if the room has none.  params: of each lane w_ih, w_hh and, with biases, b_ih, b_hh.  gates: None:
+        are not saved.  below: None: in the room, or nobody needs it.  masks: of a stack with dropout, else None.
         """
-        each, T, B = self.each, self.steps, self.batch
-        h0 = workspace + _ERROR_BYTES
-        end = h0 + self.state_bytes
-        if gates is None:
-            gates = out
-        if self.ring_bytes:
-            below = end
-            end += self.ring_bytes
-        elif not self.below_bytes:
+        each = self.each
+        _, h0, in_room, handed, gi_in_room, projection = room
+        h0 = hx if h0 is None else workspace + h0
+        if in_room is not None:
+            below = workspace + in_room
+        elif below is None or not self.below_bytes:
             below = out
-        elif below is None:
-            below = end
-            end += self.below_bytes
-        handed = end if self.handed_bytes else None
-        aligned = not functools.reduce(or_, params, hx | h_n | gates | out | (masks or 0)) % 16
         params = tuple(params)
         w_hh = params[1::each]
-        w_above = params[each::each] if self.stack else w_hh[:1]
         b_ih, b_hh = (params[2::4], params[3::4]) if each == 4 else (None, None)
         stream = driver.active.get_current_stream(self.device)
-        if self.prepare_grid is not None:
-            for sequences in (below,) if handed is None else (below, handed):
-                last = out + self.first_bytes
-                values = (hx, self.word, last, sequences, h0, h_n, workspace, self.launch_id, T, B, self.ring_rows)
-                self.run_prepare(self.prepare_grid, stream, values, aligned)
+        tail = (h0, h_n, workspace, self.launch_id, self.steps, self.batch, self.ring_rows)
+        if projection is not None:
+            gi = workspace + gi_in_room
+            values = (x, params[:1] if self.stack else params[::each], gi, hx, self.word, out, below, *tail)
+            projection.run(projection.grid, stream, values, aligned)
+        elif self.prepare_grid is not None:
+            self.run_prepare(self.prepare_grid, stream, (hx, self.word, out + self.first_bytes, below, *tail), aligned)
+        if handed is not None:
+            handed += workspace
+            self.run_prepare(self.prepare_grid, stream, (hx, self.word, out, handed, *tail), aligned)
         values = (
-            gi, h0 if self.state_bytes else hx, below, w_above, w_hh, b_ih, b_hh, masks, handed, out, h_n, gates, workspace,
-            T, B,
+            gi, h0, below, params[each::each] if self.stack else w_hh[:1], w_hh, b_ih, b_hh, masks, handed, out, h_n,
+            out if gates is None else gates, workspace, self.steps, self.batch,
         )  # fmt: skip
         self.run_kernel(self.kernel_grid, stream, values, aligned)
 
@@ -177,6 +203,24 @@ def _make_recipe(call: GRUCall | PairCall, whole: WholeSequencePlan, save: bool)
         "gru" if pair is None else "gru_pair", sizes_of(call), whole.kernel.name, str(whole), timeout
     )
     grid = whole.programs(B, H) - missing_programs
+    prepares = polls_own or stack
+    preparing = prepare.prepare_grid(steps=T, batch=B, rows=rows, **sizes)[0] if prepares else 0
+    weights = 2 if reverse else 1
+
+    @functools.cache
+    def projection(inputs: int, batch_first: bool) -> _Projection | None:
+        tile = projection_tile(T * B, inputs, dtype.itemsize)
+        if tile is None:
+            return None
+        constants = prepare.project_constants(
+            tile, inputs=inputs, batch_first=batch_first, tf32=dtype == torch.float32, prepare=prepares,
+            inputs_hidden=padded, **sizes,
+        )  # fmt: skip
+        programs, = prepare.project_grid(tile, weights=weights, rows=T * B, hidden=padded, preparing=preparing)
+        types = [dtype, (dtype, weights), dtype, *prepare_types]
+        run = launch.launcher(prepare.project_kernel, device, constants, types)
+        return _Projection((programs, 1, 1), run, weights * T * B * 3 * padded * dtype.itemsize)
+
     return _Recipe(
         whole=whole,
         device=device,
@@ -193,7 +237,7 @@ def _make_recipe(call: GRUCall | PairCall, whole: WholeSequencePlan, save: bool)
         ring_bytes=2 * lanes * rows * padded * 4 if ring else 0,
         handed_bytes=below_bytes if masked else 0,
         first_bytes=0 if pair is None else T * B * padded * dtype.itemsize,
-        prepare_grid=(*prepare.prepare_grid(steps=T, batch=B, rows=rows, **sizes), 1, 1) if polls_own or stack else None,
+        prepare_grid=(preparing, 1, 1) if prepares else None,
         kernel_grid=(grid, 1, 1),
         run_prepare=launch.launcher(
             prepare.prepare_kernel, device, prepare.prepare_constants(inputs_hidden=padded, **sizes), prepare_types
@@ -206,6 +250,7 @@ def _make_recipe(call: GRUCall | PairCall, whole: WholeSequencePlan, save: bool)
             ),  # fmt: skip
             types,
         ),
+        projection=projection,
         word=timeouts.word_of(device),
         launch_id=timeouts.id_of(described),
     )  # fmt: skip
@@ -267,31 +312,47 @@ def _launch(
     call: GRUCall | PairCall, plan: Plan, recipe: _Recipe, first: int, x: Tensor | Sequence[Tensor], params: Sequence[Tensor],
     out: Tensor, places: _Places,
 ) -> None:  # fmt: skip
-    """States ``first`` and following: ``recipe.lanes`` of them, whose parameters are ``params``, from input x to ``out``."""
+    """States ``first`` and following: ``recipe.lanes`` of them, whose parameters are ``params``, from input x, or the inputs
+    of a pair, to ``out``."""
     each = recipe.each
-    gi = input_projection(x, params[: call.D * each : each], plan.tf32)
-
-    # The product comes first: what it writes would push the freshly filled sequences out of L2.
-    workspace_bytes = recipe.workspace_bytes(below=not places.reserve)
-    workspace = gi.new_empty(workspace_bytes // recipe.size_each) if workspace_bytes else gi
+    params = [aligned(p) for p in params]  # copies must outlive the launch
+    projection = None
+    p_x = p_gi = 0
+    if isinstance(x, Tensor):
+        x, batch_first = dense(x)
+        p_x, projection = x.data_ptr(), recipe.projection(x.shape[2], batch_first)
+    if projection is None:  # before the others: what it writes would push the freshly filled sequences out of L2
+        gi = input_projection(x, params[: call.D * each : each], plan.tf32)
+        p_gi = gi.data_ptr()
+    room = recipe.room(projection, below=not places.reserve)
+    workspace = out.new_empty(room.size // recipe.size_each)
     state_bytes = recipe.batch * recipe.hidden * recipe.size_each  # of one lane
     gates = below = None
     if places.reserve:
         # layer_outputs [L-1, T, B, D*H], then gates [L, D, T, B, 4, H]
         below = places.reserve
         gates = below + recipe.steps * state_bytes * ((call.L - 1) * call.D + 4 * first)
-    params = [aligned(p) for p in params]  # copies must outlive the launch
+    masks = places.masks if recipe.handed_bytes else None
+    addresses = p_x, p_gi, places.hx + first * state_bytes, [p.data_ptr() for p in params], out.data_ptr()
     recipe.launch(
-        gi.data_ptr(), places.hx + first * state_bytes, [p.data_ptr() for p in params], out.data_ptr(),
-        places.h_n + first * state_bytes, workspace.data_ptr(), gates, below, places.masks if recipe.handed_bytes else None,
+        room, workspace.data_ptr(), *addresses, places.h_n + first * state_bytes, gates, below, masks,
+        aligned=not (p_x | out.data_ptr() | (gates or 0)) % 16,
     )  # fmt: skip
+
+
+def dense(x: Tensor) -> tuple[Tensor, bool]:
+    """x [T, B, I] with its elements side by side, and whether they are so as [B, T, I]."""
+    if x.is_contiguous():
+        return x, False
+    if x.transpose(0, 1).is_contiguous():
+        return x, True
+    return x.contiguous(), False
 
 
 def input_projection(x: Tensor | Sequence[Tensor], weights: Sequence[Tensor], tf32: bool) -> Tensor:
     """x W^T without bias: [T*B, 3H], or [2, T*B, 3H] of two directions, or of a pair, whose inputs are two."""
     rows = [t.reshape(-1, t.shape[2]) for t in ((x,) if isinstance(x, Tensor) else x)]
-    dtype = rows[0].dtype
-    with torch_hooks.products(dtype, tf32=tf32):
+    with torch_hooks.products(rows[0].dtype, tf32=tf32):
         if len(weights) == 1:
             return torch.mm(rows[0], weights[0].t())
         gi = rows[0].new_empty(2, rows[0].shape[0], weights[0].shape[0])

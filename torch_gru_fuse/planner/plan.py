@@ -12,6 +12,7 @@ from typing import Literal
 
 from torch_gru_fuse.planner import tuned
 from torch_gru_fuse.planner.gpus import GPU
+from torch_gru_fuse.planner.projection import projection_tile
 from torch_gru_fuse.planner.stream import StreamPlan, plan_stream
 from torch_gru_fuse.planner.tiles import POINTWISE_TILE, Tile, default_cell_tile, default_step_tile
 from torch_gru_fuse.planner.whole_sequence import (
@@ -54,16 +55,20 @@ _STAGED_MOST_WORK = {
 # (docs/results/padded-h200.txt).
 _PADDED_FROM_HIDDEN = 129
 _PADDED_FROM_STEPS = {True: 16, False: 64}  # in a CUDA graph; called by itself
-# Called one by one, small layers wait for the host: T=4, B=8, H=64, one layer, fp16 takes 144 us and cuDNN, which has a kernel
-# for it, 68; T=200, H=128, tf32 takes 257 and cuDNN 264.  In a CUDA graph both are faster here.
+# Called one by one, small layers wait for the host, and cuDNN has a kernel for one of them.  Two launches take less than that:
+# T=4 to 64, B=8 to 64, H=16 to 128, 1.16 to 1.5 times as fast (docs/results/small-h200.txt).  Three, with PyTorch's input
+# projection, take longer: T=64, B=64, I=1, H=64, tf32 94 us and cuDNN 80; T=200, B=128, H=128, tf32 257 and 264.  In a CUDA
+# graph all are faster here.
 _ONE_SMALL_LAYER_FROM_STEPS = 128
 
 
 def whole_sequence_is_faster(
     plan: WholeSequencePlan, T: int, B: int, H: int, L: int, D: int, element_bytes: int, *, training: bool,
-    backward: WholeSequencePlan | None = None, captured: bool = True,
+    backward: WholeSequencePlan | None = None, captured: bool = True, projected: bool = False,
 ) -> bool:  # fmt: skip
     """Whether a plan beats cuDNN, in a CUDA graph (``captured``) or called by itself.
+
+    projected: the launch that prepares makes the input projection.
 
     One place for all thresholds; edit with a measurement beside it.
     """
@@ -75,7 +80,7 @@ def whole_sequence_is_faster(
         return False
     kernel = plan.kernel
     if isinstance(kernel, ResidentPlan):
-        if not captured and L * D == 1 and T < _ONE_SMALL_LAYER_FROM_STEPS:
+        if not (captured or projected) and L * D == 1 and T < _ONE_SMALL_LAYER_FROM_STEPS:
             return False
         # Padded to 128 units, tf32: H=96, B=32, 100 steps 0.87.
         return not (element_bytes == 4 and kernel.units == 128 and H < 112)
@@ -287,7 +292,9 @@ def _plan_gru(
         return step(reason) if not isinstance(whole, WholeSequencePlan) else in_one(reason, whole)
     if isinstance(whole, WholeSequencePlan):
         sizes = (T, B, H, L, D, _BYTES[dtype])
-        if whole_sequence_is_faster(whole, *sizes, backward=backward, training=training, captured=captured):
+        projected = projection_tile(T * B, I, _BYTES[dtype]) is not None
+        options = dict(backward=backward, training=training, captured=captured, projected=projected)
+        if whole_sequence_is_faster(whole, *sizes, **options):
             return in_one("whole sequences in one launch: faster than cuDNN", whole)
         whole = "cuDNN is faster than whole sequences in one launch, as far as was measured"
     tensor_cores = tf32 or _BYTES[dtype] == 2
