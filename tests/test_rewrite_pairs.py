@@ -238,6 +238,22 @@ def test_dynamic_sizes():
     assert len(graphs) == 1 and len(calls(graphs[0], "gru_pair")) == 1
 
 
+def test_autocast():
+    model, linear = Two(), nn.Linear(I, I)
+
+    def function(x, y):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model.a(linear(x))[0], model.b(torch.cat((linear(x), linear(y[..., :I])), -1)[..., :7])[0]
+
+    args = inputs()
+    expected = function(*args)
+    compiled_function, graphs = compiled(function)
+    results = compiled_function(*args)
+    assert [r.dtype for r in results] == [e.dtype for e in expected]
+    assert_same(results, expected, 2e-2)
+    assert len(calls(graphs[0], "gru_pair")) == 1
+
+
 def test_recompute():
     with torch_gru_fuse.enable(recompute=True):
         model = Two()

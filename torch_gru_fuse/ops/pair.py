@@ -80,7 +80,7 @@ def _forward_autograd(inputs, hx, params, has_biases, reverse, save, *, recomput
     if registration.is_differentiated(tensors):
         return torch_hooks.apply_single_level(_PairFunction, recompute, has_biases, reverse, *tensors)
     with torch_hooks.below_autograd():
-        return ops.gru_pair_forward.default(inputs, hx, params, has_biases, reverse, save)
+        return dispatch.direct("gru_pair_forward", tensors)(inputs, hx, params, has_biases, reverse, save)
 
 
 def _gradients(grad_output, grad_h_n, *args):

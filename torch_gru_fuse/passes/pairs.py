@@ -120,12 +120,10 @@ def same_flags(first: Layer, second: Layer) -> str | None:
 
 
 def same_kind(first: Layer, second: Layer) -> str | None:
-    tensors = [*first.tensors, *second.tensors]
-    if not all(isinstance(t, Tensor) for t in tensors):
+    if not all(isinstance(t, Tensor) for t in (*first.tensors, *second.tensors)):
         return "the graph does not say what one of their tensors is"
-    if len({(t.dtype, t.device) for t in tensors}) > 1:  # type: ignore[union-attr]
-        return "they differ in dtype or device"
-    return None
+    kinds = [[(t.dtype, t.device) for t in layer.tensors] for layer in (first, second)]  # type: ignore[attr-defined]
+    return None if kinds[0] == kinds[1] else "they differ in dtype or device"  # under autocast each has several dtypes
 
 
 def same_shape(first: Layer, second: Layer) -> str | None:

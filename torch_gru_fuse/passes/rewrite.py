@@ -2,8 +2,8 @@
 package.
 
 Loops come first (`loops.py`), then the cells that are left, then calls of `torch.gru`; of what these have become, two that can
-run at once become one (`pairs.py`).  It runs on the graph as Dynamo (or
-`torch.export`) made it, before AOTAutograd; below that a GRU is already unrolled over time.
+run at once become one (`pairs.py`).  It runs on the graph as Dynamo (or `torch.export`) made it, before AOTAutograd; below that
+a GRU is already unrolled over time.
 """
 
 from __future__ import annotations
