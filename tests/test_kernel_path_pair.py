@@ -9,12 +9,23 @@ import logging
 import emulated
 import pytest
 import torch
-from problems import assert_same
+from problems import assert_same, ops
 from test_kernel_path import TILE, emulated_launcher, kernels_on_cpu, whole_on_cpu  # noqa: F401  (fixtures)
 from test_pair_op import pair_args, two_calls
 
+import torch_gru_fuse.functional as fused
+from torch_gru_fuse import torch_hooks
 from torch_gru_fuse.kernels import launch
-from torch_gru_fuse.ops import kernel_backward, kernel_path, schemas, timeouts, torch_path, whole_path
+from torch_gru_fuse.ops import (
+    dispatch,
+    kernel_backward,
+    kernel_path,
+    ready_calls,
+    schemas,
+    timeouts,
+    torch_path,
+    whole_path,
+)  # fmt: skip
 from torch_gru_fuse.ops.call import PairCall
 from torch_gru_fuse.planner.plan import Plan
 from torch_gru_fuse.planner.whole_sequence import ResidentPlan, StagedPlan, WavefrontPlan, WholeSequencePlan
@@ -65,8 +76,9 @@ def float_call(**variant):
 def reference(call, grads):
     inputs, hx, params = ([t.double().requires_grad_() for t in ts] for ts in (call.inputs, [call.hx], call.params))
     tensors = [*inputs, *hx, *params]
-    first, second, h_n = two_calls(inputs, hx[0], params, call.has_biases, call.reverse, False)
-    results = torch.stack((first, second)), h_n
+    with torch.enable_grad():
+        first, second, h_n = two_calls(inputs, hx[0], params, call.has_biases, call.reverse, False)
+        results = torch.stack((first, second)), h_n
     used = [(r, g.double()) for r, g in zip(results, grads, strict=True) if g is not None]
     gradients = torch.autograd.grad([r for r, _ in used], tensors, [g for _, g in used], allow_unused=True)
     return [r.detach().float() for r in results], [g.float() for g in gradients]
@@ -188,6 +200,78 @@ def test_empty_batch(planned):
     assert output.shape == (2, 5, 0, 32) and h_n.shape == (2, 0, 32)
     gradients = kernel_path.gru_pair_backward(call, output, h_n, output, reserve, [True] * len(call.tensors))
     assert_same(gradients, [torch.zeros_like(t) for t in call.tensors], 0)
+
+
+# ---- calls like an earlier one ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cuda(planned, monkeypatch):
+    """CPU tensors play CUDA's up to the op; yields `planned` and what was asked for: a plan, the ordinary way."""
+    asked = []
+    plan_of_pair, ordinary = kernel_path.plan_of_pair, kernel_path.gru_pair_forward
+    monkeypatch.setattr(torch_hooks, "empty_strided_cuda", torch._C._dynamo.guards._empty_strided_cpu)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
+    monkeypatch.setattr(kernel_path, "plan_of_pair", lambda *a, **k: asked.append("plan") or plan_of_pair(*a, **k))
+    monkeypatch.setattr(kernel_path, "gru_pair_forward", lambda *a: asked.append("ordinary") or ordinary(*a))
+    on_cuda = lambda *a, recompute=False: kernel_path.gru_pair_forward(PairCall(*a[:5]), a[5])  # noqa: E731
+    monkeypatch.setitem(dispatch._on_cuda, "gru_pair_forward", on_cuda)
+    ready_calls.forget()
+    with torch.no_grad():
+        yield planned, asked
+    ready_calls.forget()
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("kernel", PLANS)
+def test_a_second_call_is_ready(cuda, kernel, batch_first):
+    planned, asked = cuda
+    launched = planned(kernel)
+    for number in range(3):
+        inputs, hx, params, *flags = (t for t in pair_args(H=HIDDEN[kernel], batch_first=batch_first, dtype=torch.float32))
+        args = [x.detach() for x in inputs], hx.detach(), [p.detach() for p in params], *flags
+        assert_same(fused.gru_pair(*args), two_calls(*args), 2e-3)
+        assert asked == ["plan"] and launched.count(f"{kernel}_kernel") == number + 1
+
+
+def test_the_op_of_a_compiled_model_is_ready_and_its_reserve_is_known(cuda):
+    planned, asked = cuda
+    planned("wavefront")
+    call = float_call(H=32)
+    for _ in range(2):
+        output, h_n, reserve = ops.gru_pair_forward(*call, True)
+        assert reserve.shape == schemas.empty_pair_results(call.input, call.hx, True)[2].shape
+        grads = torch.randn_like(output), torch.randn_like(h_n)
+        gradients = kernel_path.gru_pair_backward(call, *grads, output, reserve, [True] * len(call.tensors))
+        assert_same(gradients, reference(call, grads)[1], 4e-3)
+    assert asked == ["plan"]
+    assert ops.gru_pair_forward(*call, False)[2].numel() == 0 and asked == ["plan", "plan"]
+
+
+def test_what_is_not_ready_takes_the_ordinary_way(cuda, monkeypatch):
+    planned, asked = cuda
+    planned("wavefront")
+    call = float_call(H=32)
+
+    def way(changed):
+        asked.clear()
+        with torch.no_grad():
+            results = fused.gru_pair(*changed, False)
+        expected = two_calls(changed.inputs, changed.hx, changed.params, changed.has_biases, changed.reverse, False)
+        assert_same(results, expected, 2e-3)
+        return asked[-1:]
+
+    assert way(call) == ["plan"] and way(call) == []
+    odd = torch.cat((call.hx.new_zeros(1), call.hx.flatten()))[1:].view(call.hx.shape)
+    for changed in (
+        call._replace(hx=odd),  # not aligned
+        call._replace(params=[p.t().contiguous().t() if p.dim() == 2 else p for p in call.params]),
+    ):
+        assert way(changed)[-1:] == ["plan"] and "ordinary" in asked
+    planned(None)  # two calls
+    ready_calls.forget()
+    assert "ordinary" in (way(call) and asked) and "ordinary" in (way(call) and asked)
 
 
 def test_the_path_of_cpus_is_two_calls():

@@ -269,6 +269,11 @@ def gru_pair_forward(call: PairCall, save: bool) -> tuple[Tensor, Tensor, Tensor
             plan = str(error)
     if results is None:
         results = two_calls.forward(call, save, gru_forward)
+    return remember_pair(results, save, plan)
+
+
+def remember_pair(results: tuple[Tensor, ...], save: bool, plan: Plan | str) -> tuple[Tensor, ...]:
+    """As `remember`, of a pair; plan: why there was none."""
     if save:
         _made_pair_by.put(results[2], plan)
     return results

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torch_gru_fuse import torch_hooks
-from torch_gru_fuse.ops import differentiable, dispatch, registration
+from torch_gru_fuse.ops import differentiable, dispatch, ready_calls, registration
 from torch_gru_fuse.ops.call import PairCall
 from torch_gru_fuse.ops.checks import check_gru_pair
 from torch_gru_fuse.ops.schemas import library, ops
@@ -22,11 +22,16 @@ def gru_pair_composite(
     *,
     recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_gru_pair(inputs, hx, params, has_biases, reverse, batch_first)
-    if batch_first:
-        inputs = [input.transpose(0, 1) for input in inputs]
-    forward = dispatch.direct("gru_pair_forward", (*inputs, hx, *params))
-    output, h_n, _ = forward(inputs, hx, params, has_biases, reverse, False, recompute=recompute)
+    results = None
+    if not torch.is_grad_enabled():
+        results = ready_calls.pair_results(inputs, hx, params, has_biases, reverse, batch_first)
+    if results is None:
+        check_gru_pair(inputs, hx, params, has_biases, reverse, batch_first)
+        if batch_first:
+            inputs = [input.transpose(0, 1) for input in inputs]
+        forward = dispatch.direct("gru_pair_forward", (*inputs, hx, *params))
+        results = forward(inputs, hx, params, has_biases, reverse, False, recompute=recompute)
+    output, h_n = results[:2]
     first, second = output.unbind(0)
     return (first.transpose(0, 1), second.transpose(0, 1), h_n) if batch_first else (first, second, h_n)
 
@@ -76,6 +81,10 @@ class _PairFunction(torch_hooks.SingleLevelFunction):
 
 
 def _forward_autograd(inputs, hx, params, has_biases, reverse, save, *, recompute=False):
+    if not torch.is_grad_enabled():
+        results = ready_calls.pair_results(inputs, hx, params, has_biases, reverse, False, save)
+        if results is not None:
+            return results if save else (*results, hx.new_empty(0))
     tensors = (*inputs, hx, *params)
     if registration.is_differentiated(tensors):
         return torch_hooks.apply_single_level(_PairFunction, recompute, has_biases, reverse, *tensors)

@@ -20,25 +20,27 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torch_gru_fuse import torch_hooks
 from torch_gru_fuse.ops import dispatch, timeouts
-from torch_gru_fuse.ops.call import GRUCall
-from torch_gru_fuse.ops.checks import check_gru
+from torch_gru_fuse.ops.call import GRUCall, PairCall
+from torch_gru_fuse.ops.checks import check_gru, check_gru_pair
 
 log = logging.getLogger("torch_gru_fuse")
 
 #: Takes input, hx and params; returns output and h_n of `gru` (and a reserve), or None where only the ordinary way will do.
 Run = Callable[[Tensor, Tensor, list[Tensor]], tuple[Tensor, ...] | None]
+#: The same of a pair, from its inputs.
+RunPair = Callable[[list[Tensor], Tensor, list[Tensor]], tuple[Tensor, ...] | None]
 
 
 class _Ready(NamedTuple):
     alike: Callable[..., bool]
-    run: Run
+    run: Run | RunPair
 
 
 #: By key; None: what is planned for this key takes the ordinary way.
@@ -69,25 +71,78 @@ def results(
     ):
         return None
     dtype, device = input.dtype, input.get_device()
-    variable = os.environ._data.get  # `os.environ.get` takes 1 us
     key = (
         input.shape, hx.shape, dtype, device, len(params), has_biases, num_layers, bidirectional, batch_first, save,
-        variable(b"TORCH_GRU_FUSE_KERNELS"), variable(b"TORCH_GRU_FUSE_GPU"), variable(b"TORCH_GRU_FUSE_TIMEOUT_S"),
-        dtype == torch.float32 and torch_hooks.rnn_allows_tf32(), torch_hooks.cudnn_enabled(),
-        torch.is_grad_enabled(), torch.cuda.is_current_stream_capturing(),
+        *_settings(dtype),
     )  # fmt: skip
-    kinds = _ready.get(key, ())
-    if kinds is None or device != torch.cuda.current_device() or log.isEnabledFor(logging.DEBUG):  # which says the plan
-        return None
-    for ready in kinds:
-        if ready.alike(input, hx, *params):
-            timeouts.check(device)
-            return ready.run(input, hx, params)
-    run = _make(GRUCall(input, hx, params, has_biases, num_layers, bidirectional, None), batch_first, save, key)
+    run = _known(key, device, (input, hx, *params))
+    if run is _UNKNOWN:
+        run = _make(GRUCall(input, hx, params, has_biases, num_layers, bidirectional, None), batch_first, save, key)
     if run is None:
         return None
     timeouts.check(device)
     return run(input, hx, params)
+
+
+def pair_results(
+    inputs: list[Tensor],
+    hx: Tensor,
+    params: list[Tensor],
+    has_biases: bool,
+    reverse: list[bool],
+    batch_first: bool,
+    save: bool = False,
+) -> tuple[Tensor, ...] | None:
+    """output [2, T, B, H] and h_n [2, B, H] of `gru_pair`, or None: the call is to take the ordinary way.
+
+    Gradients are not enabled.  save: also the reserve, as `gru_pair_forward` makes it.
+    """
+    if not (hx.is_cuda and dispatch.PLAIN.issuperset(map(type, (hx, *inputs))) and torch_hooks.nothing_intercepts()):
+        return None
+    dtype, device = hx.dtype, hx.get_device()
+    key = (
+        *(x.shape for x in inputs), hx.shape, dtype, device, len(params), has_biases, *reverse, batch_first, save,
+        *_settings(dtype),
+    )  # fmt: skip
+    run = _known(key, device, (*inputs, hx, *params))
+    if run is _UNKNOWN:
+        run = _make_pair(PairCall(inputs, hx, params, has_biases, reverse), batch_first, save, key)
+    if run is None:
+        return None
+    timeouts.check(device)
+    return run(inputs, hx, params)
+
+
+def _settings(dtype: torch.dtype) -> tuple:
+    """What may change from call to call, beside arguments."""
+    variable = os.environ._data.get  # `os.environ.get` takes 1 us
+    return (
+        variable(b"TORCH_GRU_FUSE_KERNELS"), variable(b"TORCH_GRU_FUSE_GPU"), variable(b"TORCH_GRU_FUSE_TIMEOUT_S"),
+        dtype == torch.float32 and torch_hooks.rnn_allows_tf32(), torch_hooks.cudnn_enabled(),
+        torch.is_grad_enabled(), torch.cuda.is_current_stream_capturing(),
+    )  # fmt: skip
+
+
+_UNKNOWN: Any = object()
+
+
+def _known(key: tuple, device: int, tensors: tuple[Tensor, ...]) -> Any:
+    """What runs a call with these tensors, None where that is the ordinary way, `_UNKNOWN` where nobody has looked yet."""
+    kinds = _ready.get(key, ())
+    if kinds is None or device != torch.cuda.current_device() or log.isEnabledFor(logging.DEBUG):  # which says the plan
+        return None
+    for ready in kinds:
+        if ready.alike(*tensors):
+            return ready.run
+    return _UNKNOWN
+
+
+def _keep(key: tuple, tensors: list[Tensor], run: Run | RunPair | None) -> None:
+    """For other calls; run: None: all with this key take the ordinary way."""
+    if len(_ready) >= _MOST_KEYS:
+        _ready.clear()
+    kinds = _ready.get(key) or ()
+    _ready[key] = None if run is None else (_Ready(torch_hooks.like(tensors), run), *kinds[: _MOST_KINDS - 1])
 
 
 def _make(call: GRUCall, batch_first: bool, save: bool, key: tuple) -> Run | None:
@@ -103,10 +158,24 @@ def _make(call: GRUCall, batch_first: bool, save: bool, key: tuple) -> Run | Non
     if not all(tensor.is_contiguous() for tensor in needed_contiguous):
         return None
     run = _run_of(call, batch_first, save)
-    if len(_ready) >= _MOST_KEYS:
-        _ready.clear()
-    kinds = _ready.get(key) or ()
-    _ready[key] = None if run is None else (_Ready(torch_hooks.like(tensors), run), *kinds[: _MOST_KINDS - 1])
+    _keep(key, tensors, run)
+    return run
+
+
+def _make_pair(call: PairCall, batch_first: bool, save: bool, key: tuple) -> RunPair | None:
+    """The same of a pair."""
+    from torch_gru_fuse.ops import ready_launches  # imports Triton
+
+    tensors = call.tensors
+    if not dispatch.goes_straight(tensors) or not torch_hooks.autocast_is_passed("cuda"):
+        return None
+    check_gru_pair(*call, batch_first)
+    if not all(tensor.is_contiguous() for tensor in (call.hx, *call.params)):
+        return None
+    if batch_first:
+        call = call._replace(inputs=[x.transpose(0, 1) for x in call.inputs])
+    run = ready_launches.of_pair(call, batch_first=batch_first, save=save)
+    _keep(key, tensors, run)
     return run
 
 

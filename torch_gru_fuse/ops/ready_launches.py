@@ -15,8 +15,8 @@ from torch_gru_fuse import torch_hooks
 from torch_gru_fuse.kernels.launch import DoesNotFit
 from torch_gru_fuse.kernels.stream import stack_of
 from torch_gru_fuse.ops import cudnn_path, kernel_backward, kernel_path, torch_path, whole_path
-from torch_gru_fuse.ops.call import GRUCall
-from torch_gru_fuse.ops.ready_calls import Run
+from torch_gru_fuse.ops.call import GRUCall, PairCall
+from torch_gru_fuse.ops.ready_calls import Run, RunPair
 from torch_gru_fuse.ops.schemas import reserve_size
 from torch_gru_fuse.planner.plan import Plan
 from torch_gru_fuse.planner.stream import StreamPlan
@@ -40,6 +40,37 @@ def of(call: GRUCall, *, batch_first: bool, save: bool = False) -> Run | None:
         _run_once(call, save)
         return functools.partial(_own, _flags(call), batch_first)
     return None
+
+
+def of_pair(call: PairCall, *, batch_first: bool, save: bool) -> RunPair | None:
+    """The same of a pair that one launch runs; output is [2, T, B, H] whatever the layout of the inputs."""
+    plan = kernel_path.plan_of_pair(call, training=save)
+    if call.B == 0 or isinstance(plan, str):
+        return None
+    recipe, each, dtype = whole_path.recipe_of(call, plan.whole, save), 4 if call.has_biases else 2, call.hx.dtype
+    room = recipe.room(None, below=False)
+    sizes = [(tuple(t.shape), t.stride(), dtype) for t in call.empty_results(save)[: 3 if save else 2]]
+    sizes.append(((room.size // dtype.itemsize,), (1,), dtype))
+
+    def run(inputs: list[Tensor], hx: Tensor, params: list[Tensor]) -> tuple[Tensor, ...] | None:
+        p_hx, p_params = hx.data_ptr(), [p.data_ptr() for p in params]
+        if reduce(or_, p_params, p_hx) % 16 or whole_path.missing_programs:
+            return None
+        new = torch_hooks.empty_strided_cuda
+        if batch_first:
+            inputs = [x.transpose(0, 1) for x in inputs]
+        gi = whole_path.input_projection(inputs, params[::each], plan.tf32)
+        *results, workspace = [new(*size) for size in sizes]
+        try:
+            recipe.launch(
+                room, workspace.data_ptr(), 0, gi.data_ptr(), p_hx, p_params, results[0].data_ptr(), results[1].data_ptr(),
+                results[2].data_ptr() if save else None, aligned=True,
+            )  # fmt: skip
+        except DoesNotFit:  # the ordinary way says so, and plans anew
+            return None
+        return kernel_path.remember_pair(tuple(results), save, plan)
+
+    return run
 
 
 def _run_once(call: GRUCall, save: bool) -> None:
