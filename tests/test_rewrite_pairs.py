@@ -108,7 +108,7 @@ class Directions(nn.Module):
 
 SPELLINGS = [
     lambda x, dim: x.flip(dim), lambda x, dim: x.flip([dim - 3]), lambda x, dim: torch.flip(x, (dim,)),
-    lambda x, dim: torch.flip(x, dims=[dim]),
+    lambda x, dim: torch.flip(x, dims=[dim - 3]),
 ]  # fmt: skip
 
 
@@ -212,6 +212,30 @@ def test_more_than_two_pair_in_order(number):
         [first] = [module for module in partners if f"r{2 * i}" in module]
         assert f"r{2 * i + 1}" in partners[first]
     paired(function, [torch.randn(T, B, I)], list(rnns.parameters()), number // 2)
+
+
+def test_pairs_of_what_pairs_give():
+    rnns = nn.ModuleList(nn.GRU(i, H) for i in (I, 7, H, H))
+
+    def function(x, y):
+        first, h_a = rnns[0](x)
+        second, h_b = rnns[1](y)
+        third, _ = rnns[2](first.relu(), h_b)
+        fourth, _ = rnns[3](second, h_a)
+        return third, fourth
+
+    paired(function, inputs(), list(rnns.parameters()), 2)
+
+
+def test_calls_that_moved_past_each_other():
+    a, c, e, b = rnns = nn.ModuleList([nn.GRU(I, H), nn.GRU(H, 9), nn.GRU(I, 9), nn.GRU(7, H)])
+
+    def function(x, y):
+        first = a(x)[0]
+        behind = c(first)[0]  # has to come after the first pair
+        return first.sum() + behind, e(x)[0], b(y)[0]
+
+    paired(function, inputs(), list(rnns.parameters()), 2)
 
 
 def test_outputs_that_the_graph_changes_in_place():

@@ -72,12 +72,12 @@ class Pair:
 
 def _flipped(node: object, dim: int) -> bool:
     """Whether a node is another tensor with that dimension, and no other, reversed."""
-    if name(node) != "flip":
+    if name(node) != "flip" or not node.args:  # type: ignore[union-attr]
         return False
     dims = node.args[1:] or [node.kwargs.get("dims")]  # type: ignore[union-attr]
     if len(dims) == 1 and isinstance(dims[0], (tuple, list)):
         dims = dims[0]
-    return len(dims) == 1 and type(dims[0]) is int and dims[0] % len(shape(node)) == dim  # type: ignore[arg-type]
+    return len(dims) == 1 and dims[0] in (dim, dim - len(shape(node)))  # type: ignore[arg-type]
 
 
 def _layer(node: Node) -> Layer | None:
@@ -212,20 +212,24 @@ def pair_up(graph: Graph) -> tuple[list[Pair], dict[str, str]]:
     Returns:
         the pairs, and by name of each other call that has another one near why the two are none.
     """
-    layers = [layer for node in graph.nodes if node.target is ops.gru.default and (layer := _layer(node)) is not None]
+    calls = [node for node in graph.nodes if node.target is ops.gru.default]
     pairs: list[Pair] = []
     reasons: dict[str, str] = {}
-    while layers:
-        first = layers.pop(0)
-        for second in layers[:_NEAR]:
+    while calls:
+        first = _layer(calls.pop(0))
+        for second in map(_layer, calls[:_NEAR]):
+            if first is None or second is None:
+                continue
             reason = next((r for guard in GUARDS if (r := guard(first, second)) is not None), None)
             waiting = _between(first, second) if reason is None else reason
             if isinstance(waiting, str):
                 for layer in (first, second) if waiting not in (ON_CPU, DEPENDS) else ():  # which go without saying
                     reasons.setdefault(layer.node.name, waiting)
                 continue
-            layers.remove(second)
+            calls.remove(second.node)
             pairs.append(_emit(graph, first, second, waiting))
+            left = set(calls)  # which may follow each other in another order now
+            calls = [node for node in graph.nodes if node in left]
             break
     for pair in pairs:
         reasons.pop(pair.first, None)
