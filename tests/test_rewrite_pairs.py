@@ -312,13 +312,14 @@ def test_through_inductor():
 @pytest.mark.parametrize("training", [False, True])
 def test_results_may_be_changed_by_who_gets_them(training):
     model, args = Two(), inputs()
-    plain = lambda x, y: (model.a(x)[0], model.b(y)[0])  # noqa: E731
+    plain = lambda x, y: (*model.a(x), *model.b(y))  # noqa: E731
     with torch_gru_fuse.enable(), torch.set_grad_enabled(training):
         expected = plain(*args)
         results = torch.compile(plain, fullgraph=True)(*args)
         results[0].mul_(2)
-        assert_same(results, (expected[0] * 2, expected[1]), 1e-6)
-        assert all(r.is_contiguous() for r in results)
+        results[1].detach_().add_(1)
+        assert_same(results, (expected[0] * 2, expected[1] + 1, *expected[2:]), 1e-6)
+        assert all(r.is_contiguous() and not r._is_view() for r in results)
     assert {record.target for record in torch_gru_fuse.rewrites()} == {"gru_pair"}
 
 

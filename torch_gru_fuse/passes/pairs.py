@@ -262,9 +262,10 @@ def _emit(graph: Graph, first: Layer, second: Layer, waiting: Sequence[Node]) ->
             old.replace_all_uses_with(emit.known(value(old), getitem, call, i))
             unused.append(old)
         if layer.final is not None:
-            finals = finals or emit.known(value(call)[2], getitem, call, 2)  # type: ignore[index]
-            part = emit.known(value(layer.final), aten.slice.Tensor, finals, 0, i, i + 1)
-            layer.final.replace_all_uses_with(part)
+            if finals is None:  # split, not slices: AOTAutograd hands on what has several results as no views of each other
+                both = [value(other.node)[1] for other in layers]  # type: ignore[index]
+                finals = emit.known(both, aten.split.Tensor, emit.known(value(call)[2], getitem, call, 2), 1)  # type: ignore[index]
+            layer.final.replace_all_uses_with(emit.known(value(layer.final), getitem, finals, i))
             unused.append(layer.final)
         unused.append(layer.node)
     erase_unused(graph, unused, ())

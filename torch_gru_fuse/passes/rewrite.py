@@ -223,13 +223,15 @@ def _pair_up(graph: Graph, recorded: int) -> None:
 
 def _copy_changed_outputs(graph: Graph) -> None:
     """Outputs of sequences that the graph changes in place are copied first: the backward of the op reads its output, that of
-    PyTorch's own GRU on a CPU does not."""
+    PyTorch's own GRU on a CPU does not; and those of a pair are views of which autograd lets nobody change one."""
     written = set(write_positions(graph.nodes))
     for node in list(graph.nodes):
-        if node.target not in (ops.gru.default, ops.gru_packed.default, ops.gru_pair.default):
-            continue
-        outputs = (0, 1) if node.target is ops.gru_pair.default else (0,)
-        for output in [u for u in node.users if u.target is getitem and u.args[1] in outputs]:
+        outputs = []
+        if node.target in (ops.gru.default, ops.gru_packed.default):
+            outputs = [u for u in node.users if u.target is getitem and u.args[1] == 0]
+        elif node.target is ops.gru_pair.default:  # all results, which are views
+            outputs = [part for u in node.users for part in ([u] if u.args[1] < 2 else [p for s in u.users for p in s.users])]
+        for output in outputs:
             if storages(output) & written:
                 copy = Emitter(graph, output.next, output)(aten.clone.default, output)
                 output.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
