@@ -1,6 +1,6 @@
 """Error of the ops against float64, beside cuDNN's own error in the same precision.
 
-    TORCH_GRU_FUSE_KERNELS=triton python benchmarks/accuracy.py [--shapes NAMES] [--json FILE]
+    TORCH_GRU_FUSE_KERNELS=triton python benchmarks/accuracy.py [--shapes NAMES] [--precisions NAMES] [--json FILE]
 
 For every shape and precision: outputs, final states and the gradients of input, initial state and
 every parameter, by the ops and by `torch.gru` / `torch.gru_cell` on the same GPU, both compared
@@ -130,16 +130,17 @@ def compare(name: str, mode: str) -> Iterator[dict]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [*GRUS, *CELLS]
-    parser.add_argument("--shapes", help=f"semicolon-separated, of {'; '.join(names)} (all)")
+    parser.add_argument("--shapes", help=f"semicolon-separated, of {'; '.join((*GRUS, *CELLS))} (all)")
+    parser.add_argument("--precisions", help=f"semicolon-separated, of {'; '.join(MODES)} (all)")
     parser.add_argument("--json", help="write the rows to this file")
     args = parser.parse_args()
-    if args.shapes:
-        names = args.shapes.split(";")
-        unknown = [name for name in names if name not in GRUS and name not in CELLS]
-        if unknown:
-            parser.error(f"--shapes has {'; '.join(unknown)}")
-    rows = [row for mode in MODES for name in names for row in compare(name, mode)]
+    chosen = []
+    for option, names in (("shapes", [*GRUS, *CELLS]), ("precisions", [*MODES])):
+        given = getattr(args, option)
+        chosen.append(names if given is None else given.split(";"))
+        if unknown := set(chosen[-1]) - set(names):
+            parser.error(f"--{option} has {'; '.join(sorted(unknown))}")
+    rows = [row for mode in chosen[1] for name in chosen[0] for row in compare(name, mode)]
     print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
     columns = ("max", "cuDNN", "rms", "cuDNN")
     print(f"{'shape':14} {'precision':10} {'what':12}", *(f"{c:>9}" for c in columns), f"{'max x':>6} {'rms x':>6}")

@@ -1,9 +1,10 @@
-"""Time that a loop over a cell takes to compile on a CPU: with the rewrite, which rolls it up, and without.
+"""Time that a loop over a cell takes to compile: with the rewrite, which rolls it up, and without.
 
-    python benchmarks/rollup.py > docs/results/rollup-compile-time.txt
+    python benchmarks/rollup.py > docs/results/rollup-compile-time.txt                        # on a CPU
+    python benchmarks/rollup.py --device cuda --steps 512 --at-once --limit 300               # docs/results/rollup-512-h200.txt
 
 Each number is the first call, and for training the first backward, of a new process with empty caches.  The compiler of the CPU
-code is part of it.
+code is part of it.  --at-once: all cases side by side, one thread each, on a host with a core for each.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 CASES = (
     ("cell", 64, "off"), ("cell", 64, "on"), ("cell", 128, "off"), ("cell", 128, "on"), ("cell", 512, "on"),
@@ -22,7 +24,7 @@ CASES = (
 )  # fmt: skip
 
 
-def measure(kind: str, steps: int, rewrite: bool, training: bool) -> None:
+def measure(kind: str, steps: int, rewrite: bool, training: bool, device: str) -> None:
     import torch
     from torch import nn
 
@@ -52,10 +54,10 @@ def measure(kind: str, steps: int, rewrite: bool, training: bool) -> None:
             return torch.stack(outputs)
 
     torch.set_num_threads(1)
-    torch.compile(lambda x: x + 1)(torch.ones(3))  # what is imported once
+    torch.compile(lambda x: x + 1)(torch.ones(3, device=device))  # what is imported once
     if rewrite:
         torch_gru_fuse.enable()
-    model, x = Loop(), torch.randn(steps, 8, 32)
+    model, x = Loop().to(device), torch.randn(steps, 8, 32, device=device)
     start = time.perf_counter()
     if training:
         torch.compile(model, fullgraph=True)(x).sum().backward()
@@ -65,10 +67,11 @@ def measure(kind: str, steps: int, rewrite: bool, training: bool) -> None:
     print(f"{time.perf_counter() - start:.1f}")
 
 
-def seconds(limit: float, *case: str) -> str:
+def seconds(limit: float, device: str, *case: str) -> str:
     with tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
-        command = [sys.executable, __file__, "--case", *case]
+        caches = {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": f"{cache}/triton"}
+        environment = {**os.environ, **caches, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        command = [sys.executable, __file__, "--device", device, "--case", *case]
         try:
             result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit, check=True)
         except subprocess.TimeoutExpired:
@@ -80,19 +83,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs=4, help="measure one: kind, steps, on or off, training or inference")
     parser.add_argument("--limit", type=float, default=600, help="seconds after which a compilation is given up")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--steps", type=int, help="all cases with so many, instead of those chosen for a CPU")
+    parser.add_argument("--at-once", action="store_true", help="all cases side by side")
     arguments = parser.parse_args()
     if arguments.case:
         kind, steps, rewrite, mode = arguments.case
-        measure(kind, int(steps), rewrite == "on", mode == "training")
+        measure(kind, int(steps), rewrite == "on", mode == "training", arguments.device)
         return
     import torch
 
-    print(f"Seconds until the first call has returned; torch {torch.__version__}, {platform.machine()},")
+    cases = CASES
+    if arguments.steps:
+        cases = tuple((kind, arguments.steps, on) for kind in ("cell", "hand-written") for on in ("off", "on"))
+    print(f"Seconds until the first call has returned; torch {torch.__version__}, {platform.machine()}, {arguments.device},")
     print("one thread; B=8, I=32, H=64; python benchmarks/rollup.py\n")
-    print(f"{'loop over':14} {'steps':>5}  {'rewrite':7}  {'inference':>10}  {'training':>10}")
-    for kind, steps, rewrite in CASES:
-        times = [seconds(arguments.limit, kind, str(steps), rewrite, mode) for mode in ("inference", "training")]
-        print(f"{kind:14} {steps:5}  {rewrite:7}  {times[0]:>10}  {times[1]:>10}", flush=True)
+    print(f"{'loop over':14} {'steps':>5}  {'rewrite':7}  {'inference':>10}  {'training':>10}", flush=True)
+    with ThreadPoolExecutor(2 * len(cases) if arguments.at_once else 1) as pool:
+        times = [
+            [
+                pool.submit(seconds, arguments.limit, arguments.device, kind, str(steps), rewrite, mode)
+                for mode in ("inference", "training")
+            ]
+            for kind, steps, rewrite in cases
+        ]
+        for (kind, steps, rewrite), (inference, training) in zip(cases, times, strict=True):
+            line = f"{kind:14} {steps:5}  {rewrite:7}  {inference.result():>10}  {training.result():>10}"
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from torch_gru_fuse import torch_hooks
+from torch_gru_fuse.ops.checks import check_gru_cell
+from torch_gru_fuse.ops.registration import is_differentiated
 from torch_gru_fuse.ops.schemas import ops
 from torch_gru_fuse.passes import packed_sequences
 from torch_gru_fuse.passes.rewrite import cache_tag, inductor_options, rewrite, settings
@@ -51,9 +53,15 @@ def _packed_shapes(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     return ops.gru_packed.default(*args, **kwargs)
 
 
-def _cell_shape(*args: Any, **kwargs: Any) -> Tensor:
-    """The same for `torch.gru_cell`."""
-    return ops.gru_cell.default(*args, **kwargs)
+def _cell_shape(
+    input: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
+) -> Tensor:
+    """The same for `torch.gru_cell`.  A loop asks once a step; most of the time goes where something is differentiated."""
+    tensors = input, hx, w_ih, w_hh, b_ih, b_hh
+    if is_differentiated(tensors):
+        return ops.gru_cell.default(*tensors)
+    check_gru_cell(*tensors)
+    return hx.new_empty(hx.shape)
 
 
 dynamo_hook = torch_hooks.DynamoHook(

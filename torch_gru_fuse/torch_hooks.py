@@ -95,7 +95,16 @@ def has_forward_tangent(tensors: Iterable[Tensor | None]) -> bool:
     # While a graph of Dynamo is traced, a transform or a mode is active, and the level is known to C++ alone.
     if nothing_intercepts():
         return False
-    return any(t is not None and torch._VF._unpack_dual(t, level=0)[1] is not None for t in tensors)
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    def has_tangent(tensor: Tensor) -> bool:
+        return torch._VF._unpack_dual(tensor, level=0)[1] is not None
+
+    present = [t for t in tensors if t is not None]
+    if all(type(t) is FakeTensor for t in present):  # Dynamo asks at every step of a loop; in Python it takes 1 ms a tensor
+        with torch._C._DisableTorchDispatch():
+            return any(map(has_tangent, present))
+    return any(map(has_tangent, present))
 
 
 @contextlib.contextmanager

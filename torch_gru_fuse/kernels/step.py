@@ -204,8 +204,8 @@ def sequence_backward_kernel(
             b_w = tl.load(p_kw, m_k[:, None] & m_u[None, :], 0.0)
             b_g = dot(b_d, b_w, b_g, TF32, True)
     b_g += b_carry
-    if s > 0:
-        if p_keep is not None:
+    if p_keep is not None:  # noqa: SIM102  (when compiling, and when running)
+        if s > 0:
             b_g = keep_rows(b_g, tl.load(p_keep + t_after.to(tl.int64) * B + o_b, m_b, 0))
 
     if s == T:
