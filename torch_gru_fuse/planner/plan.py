@@ -191,7 +191,8 @@ def plan_gru(
 
 
 #: A pair in one launch is predicted to take at most this part of what its two layers take one after the other; else two calls
-#: run.  Nobody has measured a pair yet (benchmarks/pair.py does), and a prediction may be off by a quarter.
+#: run.  Of what it lets pass the forward was 1.2 to 2.0 times, training 1.4 to 1.9 times as fast as two calls, in CUDA graphs
+#: (H200, docs/results/pair-h200.txt).
 _PAIR_PAYS_UP_TO = 0.75
 
 
@@ -203,6 +204,8 @@ def pair_is_faster(
 
     One place for all thresholds; edit with a measurement beside it.
     """
+    if isinstance(single.kernel, StagedPlan) and single.kernel.ring:  # T=128, B=256, H=256: 619 us, two calls 579
+        return False
     sizes = {"steps": T, "batch": B, "hidden": H, "layers": 1, "element_bytes": element_bytes}
     sizes["multiprocessors"] = multiprocessors
     if predict(both, reverse=True, **sizes).us > _PAIR_PAYS_UP_TO * 2 * predict(single, reverse=False, **sizes).us:
