@@ -141,6 +141,12 @@ def read(p: Pointer, mask=True, other=0.0) -> Block:
     return values.as_subclass(Block)
 
 
+def load(p: Pointer, mask=True, other=0.0):
+    """A block, or a number that a program then calculates with."""
+    values = read(p, mask, other)
+    return values if values.dim() or values.is_floating_point() else Scalar(values)
+
+
 def write(p: Pointer, value, mask=True):
     address, mask, value = plain(p.address, mask, value)
     for flat, begin, here in parts(p, address, mask):
@@ -270,7 +276,7 @@ def stand_in() -> ModuleType:
     gl.arange = lambda start, end, layout: block(torch.arange(start, end))
     gl.expand_dims = lambda x, axis: x.unsqueeze(axis)
     gl.zeros = lambda shape, dtype, layout: full(shape, 0, dtype)
-    gl.full, gl.where, gl.minimum, gl.load, gl.store = full, where, minimum, read, write
+    gl.full, gl.where, gl.minimum, gl.load, gl.store = full, where, minimum, load, write
     gl.sum = lambda x, axis: x.sum(axis)
     gl.convert_layout = lambda x, layout: x
     gl.allocate_shared_memory = allocate_shared

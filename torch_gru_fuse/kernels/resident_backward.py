@@ -482,7 +482,7 @@ def project(
 @gluon.jit(do_not_specialize=["T", "B"])
 def resident_backward_kernel(
     p_dy, p_dhn, p_h0, p_out, p_below, p_gates, p_w_ih, p_w_hh, p_masks,
-    p_d_gates, p_dhx, p_sums, p_error,
+    p_d_gates, p_dhx, p_sums, p_error, p_offsets,
     T, B,
     LANES: gl.constexpr, H: gl.constexpr,
     U: gl.constexpr, N: gl.constexpr,

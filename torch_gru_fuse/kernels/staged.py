@@ -162,7 +162,7 @@ def rows_to_read(o_b, B, RING: gl.constexpr):
 @gluon.jit(do_not_specialize=["T", "B"])
 def staged_kernel(
     p_gi, p_h0, p_below, p_w_ih, p_w_hh, p_b_ih, p_b_hh, p_masks, p_masked,
-    p_out, p_h_n, p_gates, p_error,
+    p_out, p_h_n, p_gates, p_error, p_offsets,
     T, B,
     LANES: gl.constexpr, H: gl.constexpr, HX: gl.constexpr,
     U: gl.constexpr, N: gl.constexpr, TILES: gl.constexpr,

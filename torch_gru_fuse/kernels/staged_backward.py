@@ -177,7 +177,7 @@ def handed(b_x, dtype: gl.constexpr):
 @gluon.jit(do_not_specialize=["T", "B"])
 def staged_backward_kernel(
     p_dy, p_dhn, p_h0, p_out, p_below, p_gates, p_w_ih, p_w_hh, p_masks,
-    p_d_gates, p_dhx, p_sums, p_error,
+    p_d_gates, p_dhx, p_sums, p_error, p_offsets,
     T, B,
     LANES: gl.constexpr, H: gl.constexpr,
     U: gl.constexpr, N: gl.constexpr, TILES: gl.constexpr,
