@@ -83,6 +83,21 @@ def first_row(p_offsets, i, steps, backwards):
 
 
 @gluon.jit
+def rows_after(p_offsets, i, steps, backwards):
+    """How many rows later, or earlier, than the i-th step of a program the next one begins; 0 where there is none."""
+    return first_row(p_offsets, i + 1, steps, backwards) - first_row(p_offsets, i, steps, backwards)
+
+
+@gluon.jit
+def rows_of(p_offsets, i, B):
+    """Rows of the i-th step in memory; at least as many as the first of a program that has it."""
+    if p_offsets is None:
+        return B
+    else:
+        return gl.load(p_offsets + (i + 1)) - gl.load(p_offsets + i)
+
+
+@gluon.jit
 def row_steps(p_lengths, o_b, steps, backwards):
     """Of each row the first step of a program in which it takes part, and the first in which it no longer does."""
     if p_lengths is None:

@@ -33,6 +33,8 @@ from .lanes import (
     most_registers,
     round_parameter,
     row_steps,
+    rows_after,
+    rows_of,
     select,
     share_rows,
     shared_bases,
@@ -55,9 +57,12 @@ def _slice_length(hidden, slices):
 
 
 @gluon.jit
-def tile_of(p_x, p_h, o_s, o_k, o_n, B, ROW_H: gl.constexpr, KX: gl.constexpr):
-    """Addresses of a polled tile [slices, k, batch]: slices of x, then of h."""
-    o = o_k + gl.minimum(o_n, B - 1) * ROW_H
+def tile_of(p_offsets, p_x, p_h, o_s, o_k, o_n, B_x, B_h, ROW_H: gl.constexpr, KX: gl.constexpr):
+    """Addresses of a polled tile [slices, k, batch]: slices of x, then of h, which have so many rows; others read the last."""
+    rows = B_h
+    if KX > 0 and p_offsets is not None:
+        rows = gl.where(o_s < KX, B_x, B_h)
+    o = o_k + gl.minimum(o_n, rows - 1) * ROW_H
     if KX > 0:
         return gl.where(o_s < KX, p_x, p_h) + o
     else:
@@ -105,7 +110,7 @@ def wavefront_kernel(
 
     Packed sequences: p_offsets, see ``lanes``; rows [N] of all steps take the place of [T, B].  A program ends with its longest
     sequence.  Before and after the steps of a shorter one its h stays as it is, which at the end is h_n; what it polls meanwhile
-    is h0, for that is always there, and what it makes of it is not stored.
+    is there in any case, the state of another row or h0, and what it makes of it is not stored.
 
     AHEAD steps before they are due, lines of gi and of states are brought to L2: the fill had pushed them out.
 
@@ -184,9 +189,7 @@ def wavefront_kernel(
             if SAVE_GATES:
                 p_save += l * (steps * (4 * H))
     if p_offsets is not None:
-        row_0 = first_row(p_offsets, 0, T, backwards)
-        row_1 = first_row(p_offsets, 1, T, backwards)
-        stride_ht, stride_gt, stride_st = strides(row_1 - row_0, ROW_H, H)
+        stride_ht, stride_gt, stride_st = strides(rows_after(p_offsets, 0, T, backwards), ROW_H, H)
 
     # Partial sums.
     s_r = gl.allocate_shared_memory(gl.float32, [KS, U, N], banked)
@@ -249,8 +252,11 @@ def wavefront_kernel(
     WHOLE: gl.constexpr = KC * KH == H
     m_k = o_k < H
     o_k = gl.where(m_k, o_k, o_k % KW)
-    steps_n = row_steps(p_lengths, gl.minimum(o_n, B - 1), T, backwards)
+    if REVERSE:
+        steps_n = row_steps(p_lengths, gl.minimum(o_n, B - 1), T, backwards)
     zero = gl.zeros([KS, U, N], gl.float32, mma)
+    B_x = B  # rows of the polled x, and of h
+    B_h = B
 
     # Lines to prefetch: one address a thread, of states that this program will write and of gi that it will read.
     LINES: gl.constexpr = max(1, U * BYTES // 128)
@@ -268,6 +274,7 @@ def wavefront_kernel(
         a_f += gl.minimum(AHEAD, T - 1) * step_f
     else:
         row_f = gl.where(o_fg == 0, ROW_H, ROW_G) * gl.cast(BYTES, gl.int64)
+        row_f0 = first_row(p_offsets, 0, T, backwards)
 
     if AFTER and l > 0:
         s_x = gl.allocate_shared_memory(gl.float32, [KS, U, N], banked)
@@ -275,9 +282,9 @@ def wavefront_kernel(
         b_vr = round_parameter(gl.load(p_v, mask=m_w, other=0.0))
         b_vz = round_parameter(gl.load(p_v + H * H, mask=m_w, other=0.0))
         b_vn = round_parameter(gl.load(p_v + 2 * H * H, mask=m_w, other=0.0))
-        o_t = o_k + gl.minimum(o_n, B - 1) * ROW_H
-        b_x = issue(p_x + o_t, VECTORS, K_VECTORS, VECTOR_BYTES, PACK)
-        b_x = settle(b_x, p_x + o_t, p_error, VECTORS, K_VECTORS, VECTOR_BYTES, PACK, TIMEOUT)
+        p_t = p_x + (o_k + gl.minimum(o_n, B - 1) * ROW_H)
+        b_x = issue(p_t, VECTORS, K_VECTORS, VECTOR_BYTES, PACK)
+        b_x = settle(b_x, p_t, p_error, VECTORS, K_VECTORS, VECTOR_BYTES, PACK, TIMEOUT)
         b_x = clear_beyond(b_x, m_k, WHOLE)
         b_xr = dot(b_vr, b_x, zero)
         b_xz = dot(b_vz, b_x, zero)
@@ -286,12 +293,12 @@ def wavefront_kernel(
         for t in range(T):
             m_t = in_step(p_offsets, m, t, steps_b)
             if p_offsets is not None:
-                row_2 = first_row(p_offsets, t + 2, T, backwards)
+                stride_ht, stride_gt, stride_st = strides(rows_after(p_offsets, t, T, backwards), ROW_H, H)
             p_x += gl.where(t + 1 < T, stride_ht, 0)
             if p_masks is not None:
                 m_mt = in_step(p_offsets, m_m, t, steps_b)
                 b_mask = gl.load(p_mask + o_h, mask=m_mt, other=0.0)
-            p_t = if_in_step(p_offsets, p_old, p_h0, t - 1, steps_n) + o_t
+            p_t = p_old + (o_k + gl.minimum(o_n, B_h - 1) * ROW_H)
             b_t = issue(p_t, VECTORS, K_VECTORS, VECTOR_BYTES, PACK)
             b_t = settle(b_t, p_t, p_error, VECTORS, K_VECTORS, VECTOR_BYTES, PACK, TIMEOUT)
             b_t = clear_beyond(b_t, m_k, WHOLE)
@@ -326,7 +333,8 @@ def wavefront_kernel(
                 gl.store(p_st + 2 * H, b_n.to(dtype), mask=m_t)
                 gl.store(p_st + 3 * H, b_hn.to(dtype), mask=m_t)
                 p_save += stride_st
-            p_t = if_in_step(p_offsets, p_x, p_h0, gl.minimum(t + 1, T - 1), steps_n) + o_t
+            B_x = rows_of(p_offsets, gl.minimum(t + 1, T - 1), B)
+            p_t = p_x + (o_k + gl.minimum(o_n, B_x - 1) * ROW_H)
             b_x = issue(p_t, VECTORS, K_VECTORS, VECTOR_BYTES, PACK)
             b_x = settle(b_x, p_t, p_error, VECTORS, K_VECTORS, VECTOR_BYTES, PACK, TIMEOUT)
             b_x = clear_beyond(b_x, m_k, WHOLE)
@@ -340,15 +348,14 @@ def wavefront_kernel(
                 if AHEAD > 0:  # of a higher lane all lines are states
                     prefetch((p_old + gl.minimum(AHEAD, T - 1 - t) * stride_ht + o_fh).to(gl.int64))
             else:
-                stride_ht, stride_gt, stride_st = strides(row_2 - row_1, ROW_H, H)
-                row_1 = row_2
+                B_h = rows_of(p_offsets, t, B)
                 if AHEAD > 0:
-                    row_h = gl.cast(first_row(p_offsets, t + AHEAD, T, backwards), gl.int64) * ROW_H
-                    prefetch((p_seq + row_h + o_fh).to(gl.int64))
+                    rows_f = first_row(p_offsets, t + AHEAD, T, backwards) - first_row(p_offsets, t, T, backwards)
+                    prefetch((p_old + rows_f * ROW_H + o_fh).to(gl.int64))
         gl.store(p_h_n + (o_b * H + o_u), b_h.to(dtype), mask=m)
     else:
         if KX > 0:
-            p_t = tile_of(p_x, p_old, o_s, o_k, o_n, B, ROW_H, KX)
+            p_t = tile_of(p_offsets, p_x, p_old, o_s, o_k, o_n, B_x, B_h, ROW_H, KX)
             b_t = issue(p_t, VECTORS, K_VECTORS, VECTOR_BYTES, PACK)
             b_t = settle(b_t, p_t, p_error, VECTORS, K_VECTORS, VECTOR_BYTES, PACK, TIMEOUT)
             b_t = clear_beyond(b_t, m_k, WHOLE)
@@ -363,7 +370,8 @@ def wavefront_kernel(
             m_t = in_step(p_offsets, m, t, steps_b)
             m_gt = in_step(p_offsets, m_g, t, steps_b)
             if p_offsets is not None:
-                row_2 = first_row(p_offsets, t + 2, T, backwards)
+                stride_ht, stride_gt, stride_st = strides(rows_after(p_offsets, t, T, backwards), ROW_H, H)
+                rows_x = rows_after(p_offsets, t + 1, T, backwards)
             if p_masks is not None:
                 m_mt = in_step(p_offsets, m_m, t, steps_b)
                 b_mask = gl.load(p_mask + o_h, mask=m_mt, other=0.0)
@@ -375,9 +383,12 @@ def wavefront_kernel(
                 b_ar += gl.where(l > 0, b_xr, 0.0)
                 b_az += gl.where(l > 0, b_xz, 0.0)
                 b_an += gl.where(l > 0, b_xn, 0.0)
-            p_ht = if_in_step(p_offsets, p_old, p_h0, t - 1, steps_n)
-            p_xt = if_in_step(p_offsets, p_x, p_h0, gl.minimum(t + 1, T - 1), steps_n)
-            p_t = tile_of(p_xt, p_ht, o_s, o_k, o_n, B, ROW_H, KX)
+            p_ht = p_old
+            if REVERSE:
+                p_ht = if_in_step(p_offsets, p_old, p_h0, t - 1, steps_n)
+            if KX > 0:
+                B_x = rows_of(p_offsets, gl.minimum(t + 1, T - 1), B)
+            p_t = tile_of(p_offsets, p_x, p_ht, o_s, o_k, o_n, B_x, B_h, ROW_H, KX)
             b_t = issue(p_t, VECTORS, K_VECTORS, VECTOR_BYTES, PACK)
             b_t = settle(b_t, p_t, p_error, VECTORS, K_VECTORS, VECTOR_BYTES, PACK, TIMEOUT)
             b_t = clear_beyond(b_t, m_k, WHOLE)
@@ -428,15 +439,16 @@ def wavefront_kernel(
             if SAVE_GATES:
                 p_save += stride_st
             if p_offsets is not None:
-                stride_ht, stride_gt, stride_st = strides(row_2 - row_1, ROW_H, H)
-                row_1 = row_2
+                if not REVERSE:
+                    B_h = rows_of(p_offsets, t, B)
+                stride_ht = rows_x * ROW_H
             p_x += gl.where((l > 0) & (t + 2 < T), stride_ht, 0)
             if AHEAD > 0:
                 if p_offsets is None:
                     prefetch(a_f)
                     a_f += gl.where(t + 1 + AHEAD < T, step_f, 0)
                 else:
-                    prefetch(a_f + (first_row(p_offsets, t + AHEAD, T, backwards) - row_0) * row_f)
+                    prefetch(a_f + (first_row(p_offsets, t + AHEAD, T, backwards) - row_f0) * row_f)
         gl.store(p_h_n + (o_b * H + o_u), b_h.to(dtype), mask=m)
 
 
