@@ -198,3 +198,33 @@ def test_forward(lengths, hidden, lanes, dtype, plan, options):
     results = [case.out, case.h_n, case.saved, *([] if case.below is None else case.below)]
     for ours, theirs in zip(results, [case.sequences[-1], case.final, case.gates, *case.sequences[:-1]], strict=True):
         assert (ours.double() - theirs).abs().max() < TOLERANCE[dtype] * max(1, theirs.abs().max())
+
+
+BACKWARD_CASES = [
+    # lengths, hidden, lanes, dtype, plan, options
+    pytest.param((5, 3, 1), 32, 3, torch.float16, WavefrontPlan(16, 8, 2), {}, id="stack, after"),
+    pytest.param(RAGGED, 32, 2, torch.float32, WavefrontPlan(16, 8, 2), {"masked": True}, id="stack, after, dropout, tiles"),
+    pytest.param(RAGGED, 32, 3, torch.float32, WavefrontPlan(16, 16, 2, 2), {}, id="stack, beside"),
+    pytest.param(RAGGED, 32, 2, torch.bfloat16, WavefrontPlan(16, 8, 2, 2), {"masked": True}, id="stack, beside, dropout"),
+    pytest.param(RAGGED, 32, 2, torch.float16, WavefrontPlan(16, 8, 2), {"reverse": True}, id="two directions"),
+    pytest.param((5, 5, 2, 2, 1), 48, 2, torch.float32, WavefrontPlan(16, 8, 2), {"reverse": True}, id="directions, 48 units"),
+    pytest.param((4, 4, 4), 48, 2, torch.float16, WavefrontPlan(16, 8, 4), {}, id="equal lengths"),
+    pytest.param((3,) * 17, 32, 2, torch.float32, WavefrontPlan(16, 8, 2), {"reverse": True}, id="equal lengths, directions"),
+    pytest.param((5, *[4] * 30, *[1] * 10), 64, 1, torch.float16, WavefrontPlan(64, 32, 2, unit_warps=2), {}, id="wide tile"),
+    pytest.param((7, *[1] * 9), 64, 1, torch.float32, WavefrontPlan(16, 8, 2), {"dhn": False}, id="one is long, no dhn"),
+    pytest.param((4, 2, 1), 32, 2, torch.float32, WavefrontPlan(16, 8, 2), {"dy": False}, id="no dy"),
+    pytest.param((9,), 32, 2, torch.float32, WavefrontPlan(16, 8, 2), {"reverse": True}, id="one sequence"),
+    pytest.param((1, 1, 1), 32, 2, torch.float16, WavefrontPlan(16, 8, 2), {}, id="one step"),
+    pytest.param((1, 1), 32, 2, torch.float16, WavefrontPlan(16, 8, 2, 2), {}, id="one step, beside"),
+    pytest.param((1,), 32, 2, torch.float16, WavefrontPlan(16, 8, 2), {"reverse": True}, id="one step, directions"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("lengths, hidden, lanes, dtype, plan, options", BACKWARD_CASES)
+def test_backward(lengths, hidden, lanes, dtype, plan, options):
+    case = Case(lengths, hidden, lanes, dtype, **options).backward(plan)
+    assert case.error[0] == 0 and case.host == 0
+    dhx, d_gates, sums = case.expected_gradients()
+    for ours, theirs in ((case.dhx, dhx), (case.d_gates, d_gates), (case.sums.sum(1), sums)):
+        assert ours.shape == theirs.shape
+        assert (ours.double() - theirs).abs().max() <= 2 * TOLERANCE[dtype] * theirs.abs().max()

@@ -76,10 +76,16 @@ def shared_row(s_rows, i: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def first_row(p_offsets, i, steps, backwards):
-    """The row in which the i-th step of a program that takes so many begins; after the last one that of the last."""
+def in_memory(i, steps, backwards):
+    """Which step in memory the i-th of a program is that takes so many; after the last one it stays there."""
     i = gl.minimum(i, steps - 1)
-    return gl.load(p_offsets + (i + backwards * (steps - 1 - 2 * i)))
+    return i + backwards * (steps - 1 - 2 * i)
+
+
+@gluon.jit
+def first_row(p_offsets, i, steps, backwards):
+    """The row in which the i-th step of a program begins."""
+    return gl.load(p_offsets + in_memory(i, steps, backwards))
 
 
 @gluon.jit
@@ -89,12 +95,13 @@ def rows_after(p_offsets, i, steps, backwards):
 
 
 @gluon.jit
-def rows_of(p_offsets, i, B):
-    """Rows of the i-th step in memory; at least as many as the first of a program that has it."""
+def rows_of(p_offsets, i, steps, backwards, B):
+    """Rows of the i-th step of a program: more than come before its own first one."""
     if p_offsets is None:
         return B
     else:
-        return gl.load(p_offsets + (i + 1)) - gl.load(p_offsets + i)
+        p = p_offsets + in_memory(i, steps, backwards)
+        return gl.load(p + 1) - gl.load(p)
 
 
 @gluon.jit

@@ -333,7 +333,7 @@ def wavefront_kernel(
                 gl.store(p_st + 2 * H, b_n.to(dtype), mask=m_t)
                 gl.store(p_st + 3 * H, b_hn.to(dtype), mask=m_t)
                 p_save += stride_st
-            B_x = rows_of(p_offsets, gl.minimum(t + 1, T - 1), B)
+            B_x = rows_of(p_offsets, t + 1, T, backwards, B)
             p_t = p_x + (o_k + gl.minimum(o_n, B_x - 1) * ROW_H)
             b_x = issue(p_t, VECTORS, K_VECTORS, VECTOR_BYTES, PACK)
             b_x = settle(b_x, p_t, p_error, VECTORS, K_VECTORS, VECTOR_BYTES, PACK, TIMEOUT)
@@ -348,7 +348,7 @@ def wavefront_kernel(
                 if AHEAD > 0:  # of a higher lane all lines are states
                     prefetch((p_old + gl.minimum(AHEAD, T - 1 - t) * stride_ht + o_fh).to(gl.int64))
             else:
-                B_h = rows_of(p_offsets, t, B)
+                B_h = rows_of(p_offsets, t, T, backwards, B)
                 if AHEAD > 0:
                     rows_f = first_row(p_offsets, t + AHEAD, T, backwards) - first_row(p_offsets, t, T, backwards)
                     prefetch((p_old + rows_f * ROW_H + o_fh).to(gl.int64))
@@ -387,7 +387,7 @@ def wavefront_kernel(
             if REVERSE:
                 p_ht = if_in_step(p_offsets, p_old, p_h0, t - 1, steps_n)
             if KX > 0:
-                B_x = rows_of(p_offsets, gl.minimum(t + 1, T - 1), B)
+                B_x = rows_of(p_offsets, t + 1, T, backwards, B)
             p_t = tile_of(p_offsets, p_x, p_ht, o_s, o_k, o_n, B_x, B_h, ROW_H, KX)
             b_t = issue(p_t, VECTORS, K_VECTORS, VECTOR_BYTES, PACK)
             b_t = settle(b_t, p_t, p_error, VECTORS, K_VECTORS, VECTOR_BYTES, PACK, TIMEOUT)
@@ -440,7 +440,7 @@ def wavefront_kernel(
                 p_save += stride_st
             if p_offsets is not None:
                 if not REVERSE:
-                    B_h = rows_of(p_offsets, t, B)
+                    B_h = rows_of(p_offsets, t, T, backwards, B)
                 stride_ht = rows_x * ROW_H
             p_x += gl.where((l > 0) & (t + 2 < T), stride_ht, 0)
             if AHEAD > 0:
