@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 
-import emulated
 import interpreted
 import pytest
 import torch

@@ -109,8 +109,8 @@ def wavefront_kernel(
     Saved for the backward, if SAVE_GATES: r, z, n, hn.
 
     Packed sequences: p_offsets, see ``lanes``; rows [N] of all steps take the place of [T, B].  A program ends with its longest
-    sequence.  Before and after the steps of a shorter one its h stays as it is, which at the end is h_n; what it polls meanwhile
-    is there in any case, the state of another row or h0, and what it makes of it is not stored.
+    sequence.  Before and after the steps of a shorter one its h stays as it is, which at the end is h_n; what it polls then is
+    there in any case, the state of another row or h0, and what it makes of it is not stored.
 
     AHEAD steps before they are due, lines of gi and of states are brought to L2: the fill had pushed them out.
 

@@ -110,8 +110,8 @@ def wavefront_backward_kernel(
     gradient of h0; p_sums [lanes, programs along the batch, 4, H], float32 sums of d_gates over steps and rows.
 
     Packed sequences: p_offsets, see ``lanes``; rows [N] of all steps take the place of [T, B].  A program begins with the last
-    step of its longest sequence.  The gradient of a sequence's h_n waits for the steps of the sequence, and that of its h0 stays
-    as it is after them; what such a row polls meanwhile are the gradients of another.
+    step of its longest sequence.  The gradient of a sequence's h_n waits for the steps of the sequence, and that of its h0
+    stays as it is after them; what such a row polls then are the gradients of another.
 
     H is a multiple of 16.  The warps: KH slices of k for the own lane, beside them KX for the lane above, one step ahead (0:
     once the gradients are on their way, the same warps take those of the lane above for the next step, from a second set of

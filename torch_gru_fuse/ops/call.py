@@ -13,7 +13,8 @@ from torch_gru_fuse.ops.schemas import empty_gru_results, empty_packed_results, 
 class _Layers:
     """What calls of `gru_forward` and of `gru_packed_forward` have in common.
 
-    T time steps, B batch, I inputs, H units, L layers, D directions; a state is one layer and direction, state = layer*D + d.
+    T time steps, B batch, N rows of all steps, I inputs, H units, L layers, D directions; a state is one layer and direction,
+    state = layer*D + d.
     """
 
     __slots__ = ()
@@ -87,6 +88,11 @@ class GRUCall(_GRUFields, _Layers):
     def B(self) -> int:
         return self.input.shape[1]
 
+    @property
+    def N(self) -> int:
+        """Rows of all steps."""
+        return self.T * self.B
+
     def empty_results(self, save: bool) -> tuple[Tensor, Tensor, Tensor]:
         """output, h_n and reserve, allocated as the fake implementation says."""
         return empty_gru_results(self.input, self.hx, self.num_layers, self.bidirectional, save)
@@ -120,12 +126,21 @@ class _PackedFields(NamedTuple):
 
 
 class PackedCall(_PackedFields, _Layers):
-    """The same of `gru_packed_forward` and `gru_packed_backward`; N rows of all steps take the place of [T, B]."""
+    """The same of `gru_packed_forward` and `gru_packed_backward`; [N] takes the place of [T, B]."""
 
     __slots__ = ()
 
     @property
+    def T(self) -> int:
+        return self.batch_sizes.shape[0]
+
+    @property
+    def B(self) -> int:
+        return self.hx.shape[1]
+
+    @property
     def N(self) -> int:
+        """Rows of all steps."""
         return self.input.shape[0]
 
     def empty_results(self, save: bool) -> tuple[Tensor, Tensor, Tensor]:

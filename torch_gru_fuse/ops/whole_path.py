@@ -8,8 +8,8 @@ of 16 the parameters are padded with zeros in each call, and results are cut out
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from operator import or_
 from typing import Any
 
@@ -21,7 +21,7 @@ from triton.runtime import driver
 from torch_gru_fuse import torch_hooks
 from torch_gru_fuse.kernels import launch, prepare, resident, staged, wavefront
 from torch_gru_fuse.ops import timeouts
-from torch_gru_fuse.ops.call import GRUCall
+from torch_gru_fuse.ops.call import GRUCall, PackedCall
 from torch_gru_fuse.planner.plan import Plan
 from torch_gru_fuse.planner.whole_sequence import ResidentPlan, StagedPlan, WholeSequencePlan
 
@@ -42,7 +42,7 @@ class _Recipe:
 
     Attributes:
         whole: the plan.
-        steps, batch: T and B.
+        steps, batch, rows: T, B and N.
         lanes: of a launch.
         each: parameters of a lane.
         stack: whether a lane is the input of the next.
@@ -61,6 +61,7 @@ class _Recipe:
     device: int
     steps: int
     batch: int
+    rows: int
     lanes: int
     each: int
     stack: bool
@@ -72,6 +73,7 @@ class _Recipe:
     ring_bytes: int
     handed_bytes: int
     prepare_grid: tuple[int, int, int] | None  # None: nothing to prepare
+    prepare_grid_of: Callable[..., tuple[int]]
     kernel_grid: tuple[int, int, int]
     run_prepare: launch.Launcher
     run_kernel: launch.Launcher
@@ -87,14 +89,24 @@ class _Recipe:
             return 0
         return _ERROR_BYTES + self.state_bytes + self.ring_bytes + (self.below_bytes if below else 0) + self.handed_bytes
 
+    def of_rows(self, rows: int) -> _Recipe:
+        """The same for packed sequences of so many rows."""
+        if rows == self.rows:
+            return self
+        below_bytes = self.below_bytes // self.rows * rows
+        grid = self.prepare_grid and (*self.prepare_grid_of(steps=rows), 1, 1)
+        return replace(
+            self, rows=rows, below_bytes=below_bytes, handed_bytes=below_bytes if self.handed_bytes else 0, prepare_grid=grid
+        )
+
     def launch(
         self, gi: int, hx: int, params: Sequence[int], out: int, h_n: int, workspace: int,
-        gates: int | None = None, below: int | None = None, masks: int | None = None,
+        gates: int | None = None, below: int | None = None, masks: int | None = None, offsets: int | None = None,
     ) -> None:  # fmt: skip
         """Prepares and runs, at these addresses.
 
         params: of each lane w_ih, w_hh and, with biases, b_ih, b_hh.  gates: None: are not saved.  below: None: in the
-        workspace.  masks: of a stack with dropout, else None.
+        workspace.  masks: of a stack with dropout, else None.  offsets: of packed sequences, else None.
         """
         each, T, B = self.each, self.steps, self.batch
         h0 = workspace + _ERROR_BYTES
@@ -117,12 +129,13 @@ class _Recipe:
         b_ih, b_hh = (params[2::4], params[3::4]) if each == 4 else (None, None)
         stream = driver.active.get_current_stream(self.device)
         if self.prepare_grid is not None:
+            steps = T if offsets is None else self.rows
             for sequences in (below,) if handed is None else (below, handed):
-                values = (hx, self.word, out, sequences, h0, h_n, workspace, self.launch_id, T, B, self.ring_rows)
+                values = (hx, self.word, out, sequences, h0, h_n, workspace, self.launch_id, steps, B, self.ring_rows)
                 self.run_prepare(self.prepare_grid, stream, values, aligned)
         values = (
             gi, h0 if self.state_bytes else hx, below, w_above, w_hh, b_ih, b_hh, masks, handed, out, h_n, gates, workspace,
-            T, B,
+            offsets, T, B,
         )  # fmt: skip
         self.run_kernel(self.kernel_grid, stream, values, aligned)
 
@@ -131,23 +144,23 @@ _ERROR_BYTES = 64  # of the error block, rounded up so that what follows is alig
 _recipes: dict[tuple, _Recipe] = {}
 
 
-def recipe_of(call: GRUCall, whole: WholeSequencePlan, save: bool) -> _Recipe:
-    x = call.input
+def recipe_of(call: GRUCall | PackedCall, whole: WholeSequencePlan, save: bool) -> _Recipe:
+    x, packed = call.input, isinstance(call, PackedCall)
     # The plan stands for itself: it is kept below, so no other has its id, and hashing it takes longer than all the rest.
     key = (
-        x.shape, call.hx.shape, x.dtype, x.get_device(), id(whole), call.bidirectional, call.has_biases, save,
-        call.dropout_masks is None, timeouts.timeout_ns(), missing_programs,
+        packed, call.T, x.shape[-1], call.hx.shape, x.dtype, x.get_device(), id(whole), call.bidirectional, call.has_biases,
+        save, call.dropout_masks is None, timeouts.timeout_ns(), missing_programs,
     )  # fmt: skip
     found = _recipes.get(key)
     if found is None:
         if len(_recipes) >= 4096:
             _recipes.clear()
         found = _recipes[key] = _make_recipe(call, whole, save)
-    return found
+    return found.of_rows(call.N) if packed else found  # of which there are others in every call
 
 
-def _make_recipe(call: GRUCall, whole: WholeSequencePlan, save: bool) -> _Recipe:
-    T, B, I, H = call.T, call.B, call.input.shape[2], call.H
+def _make_recipe(call: GRUCall | PackedCall, whole: WholeSequencePlan, save: bool) -> _Recipe:
+    T, B, N, I, H, packed = call.T, call.B, call.N, call.input.shape[-1], call.H, isinstance(call, PackedCall)
     dtype, device = call.input.dtype, call.input.get_device()
     lanes, padded, reverse = whole.lanes, -(-H // 16) * 16, call.bidirectional
     stack = lanes > 1 and not reverse
@@ -157,29 +170,32 @@ def _make_recipe(call: GRUCall, whole: WholeSequencePlan, save: bool) -> _Recipe
     polls_own = not isinstance(whole.kernel, ResidentPlan)
     ring = isinstance(whole.kernel, StagedPlan) and whole.kernel.ring
     sizes: dict[str, Any] = dict(
-        lanes=lanes, hidden=padded, reverse=reverse, fill_out=polls_own and not ring, states=polls_own, ring=ring
-    )
+        lanes=lanes, hidden=padded, reverse=reverse, fill_out=polls_own and not ring, states=polls_own, ring=ring,
+        packed=packed,
+    )  # fmt: skip
     rows = whole.kernel.ring_rows(B) if ring else B
     n_biases = (dtype, lanes) if call.has_biases else None
-    below_bytes = (lanes - 1) * T * B * padded * dtype.itemsize if stack else 0
+    below_bytes = (lanes - 1) * N * padded * dtype.itemsize if stack else 0
     masked = stack and call.dropout_masks is not None
     masks = dtype if masked else None
     types = [
         dtype, dtype, dtype, (dtype, max(1, lanes - 1) if stack else 1), (dtype, lanes), n_biases, n_biases, masks, masks,
-        dtype, dtype, dtype, torch.int64, None, None,
+        dtype, dtype, dtype, torch.int64, torch.int32 if packed else None, None, None,
     ]  # fmt: skip
     prepare_types = [dtype, torch.int32, dtype, dtype, dtype, dtype, torch.int64, None, None, None, None]
     described = timeouts.Call(
-        "gru",
+        "gru_packed" if packed else "gru",
         f"T={T}, B={B}, I={I}, H={H}, num_layers={call.L}, bidirectional={reverse}, {str(dtype).removeprefix('torch.')}",
         whole.kernel.name, str(whole), timeout,
     )  # fmt: skip
     grid = whole.programs(B, H) - missing_programs
+    prepare_grid_of = functools.partial(prepare.prepare_grid, batch=B, rows=rows, **sizes)
     return _Recipe(
         whole=whole,
         device=device,
         steps=T,
         batch=B,
+        rows=N,
         lanes=lanes,
         each=4 if call.has_biases else 2,
         stack=stack,
@@ -190,7 +206,8 @@ def _make_recipe(call: GRUCall, whole: WholeSequencePlan, save: bool) -> _Recipe
         ring_rows=rows,
         ring_bytes=2 * lanes * rows * padded * 4 if ring else 0,
         handed_bytes=below_bytes if masked else 0,
-        prepare_grid=(*prepare.prepare_grid(steps=T, batch=B, rows=rows, **sizes), 1, 1) if polls_own or stack else None,
+        prepare_grid=(*prepare_grid_of(steps=N if packed else T), 1, 1) if polls_own or stack else None,
+        prepare_grid_of=prepare_grid_of,
         kernel_grid=(grid, 1, 1),
         run_prepare=launch.launcher(
             prepare.prepare_kernel, device, prepare.prepare_constants(inputs_hidden=padded, **sizes), prepare_types
@@ -207,8 +224,13 @@ def _make_recipe(call: GRUCall, whole: WholeSequencePlan, save: bool) -> _Recipe
     )  # fmt: skip
 
 
-def gru_forward(call: GRUCall, save: bool, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """Results as `empty_results` allocates them.  Raises `launch.DoesNotFit`; nothing has been changed then."""
+def gru_forward(
+    call: GRUCall | PackedCall, save: bool, plan: Plan, offsets: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Results as `empty_results` allocates them.  Raises `launch.DoesNotFit`; nothing has been changed then.
+
+    offsets: of a packed call, on its device; its H is a multiple of 16.
+    """
     assert plan.whole is not None
     recipe = recipe_of(call, plan.whole, save)
     if recipe.hidden != call.H:
@@ -216,7 +238,7 @@ def gru_forward(call: GRUCall, save: bool, plan: Plan) -> tuple[Tensor, Tensor, 
     output, h_n, reserve = call.empty_results(save)
     hx = aligned(call.hx)
     masks = None if call.dropout_masks is None else aligned(call.dropout_masks)
-    places = _Places(hx.data_ptr(), h_n.data_ptr(), reserve.data_ptr() if save else 0, masks)
+    places = _Places(hx.data_ptr(), h_n.data_ptr(), reserve.data_ptr() if save else 0, masks, offsets)
     if recipe.lanes == hx.shape[0]:
         _launch(call, plan, recipe, 0, call.input, call.params, output, places)
         return output, h_n, reserve
@@ -239,18 +261,21 @@ def aligned(tensor: Tensor) -> Tensor:
 
 
 class _Places:
-    """Addresses of the whole call's hx and h_n [L*D, B, H], of its dropout masks, and of its reserve, 0 if nothing is saved."""
+    """Addresses of the whole call's hx and h_n [L*D, B, H], of its dropout masks and offsets, and of its reserve, 0 if nothing
+    is saved."""
 
-    __slots__ = ("h_n", "hx", "masks", "reserve")
+    __slots__ = ("h_n", "hx", "masks", "offsets", "reserve")
 
-    def __init__(self, hx: int, h_n: int, reserve: int, masks: Tensor | None):
+    def __init__(self, hx: int, h_n: int, reserve: int, masks: Tensor | None, offsets: Tensor | None = None):
         self.hx, self.h_n, self.reserve = hx, h_n, reserve
         self.masks = None if masks is None else masks.data_ptr()
+        self.offsets = None if offsets is None else offsets.data_ptr()
 
 
 def _launch(
-    call: GRUCall, plan: Plan, recipe: _Recipe, first: int, x: Tensor, params: Sequence[Tensor], out: Tensor, places: _Places
-) -> None:
+    call: GRUCall | PackedCall, plan: Plan, recipe: _Recipe, first: int, x: Tensor, params: Sequence[Tensor], out: Tensor,
+    places: _Places,
+) -> None:  # fmt: skip
     """States ``first`` and following: ``recipe.lanes`` of them, whose parameters are ``params``, from input x to ``out``."""
     each = recipe.each
     gi = input_projection(x, params[: 2 * each : each] if call.bidirectional else params[:1], plan.tf32)
@@ -261,24 +286,24 @@ def _launch(
     state_bytes = recipe.batch * recipe.hidden * recipe.size_each  # of one lane
     gates = below = None
     if places.reserve:
-        # layer_outputs [L-1, T, B, D*H], then gates [L, D, T, B, 4, H]
+        # layer_outputs [L-1, N, D*H], then gates [L, D, N, 4, H]
         below = places.reserve
-        gates = below + recipe.steps * state_bytes * ((call.L - 1) * call.D + 4 * first)
+        gates = below + recipe.rows * recipe.hidden * recipe.size_each * ((call.L - 1) * call.D + 4 * first)
     params = [aligned(p) for p in params]  # copies must outlive the launch
     recipe.launch(
         gi.data_ptr(), places.hx + first * state_bytes, [p.data_ptr() for p in params], out.data_ptr(),
         places.h_n + first * state_bytes, workspace.data_ptr(), gates, below, places.masks if recipe.handed_bytes else None,
+        places.offsets,
     )  # fmt: skip
 
 
 def input_projection(x: Tensor, weights: Sequence[Tensor], tf32: bool) -> Tensor:
-    """x W^T without bias: [T*B, 3H], or [2, T*B, 3H] of two directions."""
-    T, B, I = x.shape  # noqa: E741
-    rows = x.reshape(T * B, I)
+    """x W^T without bias: [N, 3H], or [2, N, 3H] of two directions."""
+    rows = x.flatten(0, -2)
     with torch_hooks.products(x.dtype, tf32=tf32):
         if len(weights) == 1:
             return torch.mm(rows, weights[0].t())
-        gi = x.new_empty(2, T * B, weights[0].shape[0])
+        gi = x.new_empty(2, rows.shape[0], weights[0].shape[0])
         for out, weight in zip(gi.unbind(0), weights, strict=True):
             torch.mm(rows, weight.t(), out=out)
     return gi

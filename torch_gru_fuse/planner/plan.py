@@ -15,6 +15,7 @@ from torch_gru_fuse.planner.gpus import GPU
 from torch_gru_fuse.planner.stream import StreamPlan, plan_stream
 from torch_gru_fuse.planner.tiles import POINTWISE_TILE, Tile, default_cell_tile, default_step_tile
 from torch_gru_fuse.planner.whole_sequence import (
+    PACKED_KERNELS,
     ResidentPlan,
     StagedPlan,
     WholeSequencePlan,
@@ -119,6 +120,21 @@ def _training_is_faster(backward: WholeSequencePlan, T: int, B: int, H: int, ele
     return True
 
 
+# Packed sequences, called by themselves, for no CUDA graph holds them; not measured yet, hence with fewer shapes than others.
+_PACKED_FROM_STEPS = 16
+
+
+def packed_is_faster(
+    plan: WholeSequencePlan, T: int, B: int, H: int, L: int, D: int, element_bytes: int, *, training: bool,
+    backward: WholeSequencePlan | None = None,
+) -> bool:  # fmt: skip
+    """As `whole_sequence_is_faster`, of packed sequences: T steps of the longest, B sequences."""
+    if T < _PACKED_FROM_STEPS:
+        return False
+    sizes = (T, B, H, L, D, element_bytes)
+    return whole_sequence_is_faster(plan, *sizes, training=training, backward=backward, captured=False)
+
+
 # Row offsets of the whole-sequence kernels are bytes in 32 bits; a row holds at most gi of two directions in float32.
 _MOST_BYTES = 2**31
 
@@ -184,9 +200,52 @@ def plan_gru(
     return _plan_gru(T, B, I, H, L, D, dtype, tf32_allowed, training, cudnn, choice(), gpu, dropout, captured, resets)
 
 
-def plan_gru_packed(N: int, I: int, H: int, L: int, D: int, dtype: str, *, training: bool) -> Plan:
-    """Plan of packed sequences: N rows of all time steps, I inputs, H units, L layers, D directions."""
-    return Plan("torch", None, False, "no kernels for sequences of different lengths yet")
+def plan_gru_packed(
+    T: int, B: int, I: int, H: int, L: int, D: int, dtype: str, *, tf32_allowed: bool, training: bool, cudnn: bool,
+    unsupported: str | None = None, gpu: GPU | None = None,
+) -> Plan:  # fmt: skip
+    """Plan of packed sequences: T steps of the longest, B sequences; the rest as in `plan_gru`.
+
+    "whole" or "torch": there are no launches of single steps.
+    """
+    if unsupported is not None:
+        return Plan("torch", None, False, unsupported)
+    return _plan_gru_packed(T, B, H, L, D, dtype, tf32_allowed, training, cudnn, choice(), gpu)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_gru_packed(
+    T: int, B: int, H: int, L: int, D: int, dtype: str, tf32_allowed: bool, training: bool, cudnn: bool, choice: str,
+    gpu: GPU | None,
+) -> Plan:  # fmt: skip
+    tf32 = dtype == "torch.float32" and tf32_allowed and uses_tf32(T, B, H, training=training)
+    own = functools.partial(Plan, "torch", None, tf32)
+    if choice in ("torch", "step"):
+        return own("asked for" if choice == "torch" else "no launches of single steps for packed sequences")
+    whole = _whole(B, H, L, D, dtype, tf32, gpu)
+    if isinstance(whole, str):
+        return own(whole)
+    backward = _whole_backward(B, H, L, D, dtype, tf32, gpu) if training else None
+    reason = _why_not_packed(whole, H) or (training and _why_not_packed(backward, H))
+    if reason:
+        return own(reason)
+    in_one = functools.partial(Plan, "whole", None, tf32, whole=whole, backward=backward)
+    if choice != "auto" or not cudnn:
+        return in_one("asked for" if choice != "auto" else "cuDNN is switched off")
+    if packed_is_faster(whole, T, B, H, L, D, _BYTES[dtype], training=training, backward=backward):
+        return in_one("whole sequences in one launch, without their padding: faster than cuDNN")
+    return own("cuDNN is faster than whole sequences in one launch, as far as was measured")
+
+
+def _why_not_packed(plan: WholeSequencePlan | None, H: int) -> str | None:
+    """Why the launches of a plan do not run packed sequences; None: they do.  plan None: there is none for the backward."""
+    if H % 16:
+        return f"H = {H}: kernels of packed sequences need a multiple of 16"
+    if plan is None:
+        return "there is no launch for the backward of whole sequences"
+    if plan.kernel.name not in PACKED_KERNELS:
+        return f"the {plan.kernel.name} kernel does not run packed sequences"
+    return None
 
 
 @functools.lru_cache(maxsize=4096)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .gpus import GPU
 
 __all__ = [
+    "PACKED_KERNELS",
     "Prediction",
     "ResidentPlan",
     "StagedPlan",
@@ -34,6 +35,9 @@ __all__ = [
     "why_no_plan",
     "why_not_gpu",
 ]
+
+#: Names of the kernels that run packed sequences, too.
+PACKED_KERNELS = ("wavefront",)
 
 _REGISTERS_PER_SM = 65536
 _SHARED_BYTES = 99 * 1024  # of a program
