@@ -10,7 +10,7 @@ import torch
 from emulated import EMULATED, one_thread, run
 
 from torch_gru_fuse import equations_packed
-from torch_gru_fuse.planner.whole_sequence import WavefrontPlan
+from torch_gru_fuse.planner.whole_sequence import ResidentPlan, WavefrontPlan
 
 prepare = interpreted.load("kernels.prepare")
 NAN = float("nan")
@@ -188,9 +188,19 @@ WAVEFRONT_CASES = [
     pytest.param((1, 1), 32, 2, torch.float16, WavefrontPlan(16, 8, 2, 2), {}, id="one step, beside"),
     pytest.param((1,), 32, 2, torch.float16, WavefrontPlan(16, 8, 2), {"reverse": True}, id="one step, directions"),
 ]  # fmt: skip
+RESIDENT_CASES = [
+    pytest.param(RAGGED, 32, 1, torch.float32, ResidentPlan(32, 8, 2), {}, id="one layer"),
+    pytest.param(RAGGED, 32, 3, torch.float16, ResidentPlan(32, 8, 2, early=True), {"masked": True}, id="stack, early, dropout"),
+    pytest.param((5, 3, 3, 1), 48, 2, torch.bfloat16, ResidentPlan(64, 8, 4), {}, id="stack, 48 units"),
+    pytest.param(RAGGED, 16, 2, torch.float32, ResidentPlan(16, 8, 1), {"reverse": True}, id="two directions"),
+    pytest.param((7, 4), 16, 2, torch.float16, ResidentPlan(16, 8, 1), {"reverse": True, "bias": False}, id="no biases"),
+    pytest.param((3,) * 9, 16, 2, torch.float32, ResidentPlan(16, 8, 1), {"reverse": True}, id="equal lengths"),
+    pytest.param((1, 1), 16, 2, torch.float32, ResidentPlan(16, 8, 1), {}, id="one step"),
+    pytest.param((2,), 16, 1, torch.float32, ResidentPlan(16, 8, 1), {}, id="two steps"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("lengths, hidden, lanes, dtype, plan, options", WAVEFRONT_CASES)
+@pytest.mark.parametrize("lengths, hidden, lanes, dtype, plan, options", [*WAVEFRONT_CASES, *RESIDENT_CASES])
 def test_forward(lengths, hidden, lanes, dtype, plan, options):
     case = Case(lengths, hidden, lanes, dtype, **options).forward(plan).solve()
     assert case.error[0] == 0 and case.host == 0
