@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import interpreted
@@ -10,7 +11,16 @@ import torch
 from emulated import EMULATED, one_thread, run
 
 from torch_gru_fuse import equations_packed
-from torch_gru_fuse.planner.whole_sequence import ResidentPlan, WavefrontPlan
+from torch_gru_fuse.kernels import aot
+from torch_gru_fuse.planner.gpus import gpu_named
+from torch_gru_fuse.planner.whole_sequence import (
+    ResidentPlan,
+    WavefrontPlan,
+    WholeSequencePlan,
+    packed_plan,
+    plan_whole_sequence,
+    plan_whole_sequence_backward,
+)
 
 prepare = interpreted.load("kernels.prepare")
 NAN = float("nan")
@@ -190,7 +200,7 @@ WAVEFRONT_CASES = [
 ]  # fmt: skip
 RESIDENT_CASES = [
     pytest.param(RAGGED, 32, 1, torch.float32, ResidentPlan(32, 8, 2), {}, id="one layer"),
-    pytest.param(RAGGED, 32, 3, torch.float16, ResidentPlan(32, 8, 2, early=True), {"masked": True}, id="stack, early, dropout"),
+    pytest.param(RAGGED, 32, 3, torch.float16, ResidentPlan(32, 8, 2, early=True), {"masked": True}, id="stack, dropout"),
     pytest.param((5, 3, 3, 1), 48, 2, torch.bfloat16, ResidentPlan(64, 8, 4), {}, id="stack, 48 units"),
     pytest.param(RAGGED, 16, 2, torch.float32, ResidentPlan(16, 8, 1), {"reverse": True}, id="two directions"),
     pytest.param((7, 4), 16, 2, torch.float16, ResidentPlan(16, 8, 1), {"reverse": True, "bias": False}, id="no biases"),
@@ -226,6 +236,13 @@ BACKWARD_CASES = [
     pytest.param((1, 1, 1), 32, 2, torch.float16, WavefrontPlan(16, 8, 2), {}, id="one step"),
     pytest.param((1, 1), 32, 2, torch.float16, WavefrontPlan(16, 8, 2, 2), {}, id="one step, beside"),
     pytest.param((1,), 32, 2, torch.float16, WavefrontPlan(16, 8, 2), {"reverse": True}, id="one step, directions"),
+    pytest.param(RAGGED, 32, 1, torch.float16, ResidentPlan(32, 8, 2), {}, id="resident"),
+    pytest.param(RAGGED, 64, 1, torch.float32, ResidentPlan(64, 8, 4), {"dhn": False}, id="resident, 64 units, no dhn"),
+    pytest.param(RAGGED, 48, 2, torch.bfloat16, ResidentPlan(64, 8, 4), {"reverse": True}, id="resident, two directions"),
+    pytest.param((9, 9, 4), 32, 2, torch.float32, ResidentPlan(32, 8, 2), {"reverse": True, "dy": False}, id="resident, no dy"),
+    pytest.param((3,) * 9, 16, 2, torch.float32, ResidentPlan(16, 8, 1), {"reverse": True}, id="resident, equal lengths"),
+    pytest.param((1, 1), 16, 1, torch.float16, ResidentPlan(16, 8, 1), {}, id="resident, one step"),
+    pytest.param((7, *[1] * 9), 16, 2, torch.float32, ResidentPlan(16, 8, 1), {"reverse": True}, id="resident, one is long"),
 ]  # fmt: skip
 
 
@@ -237,3 +254,115 @@ def test_backward(lengths, hidden, lanes, dtype, plan, options):
     for ours, theirs in ((case.dhx, dhx), (case.d_gates, d_gates), (case.sums.sum(1), sums)):
         assert ours.shape == theirs.shape
         assert (ours.double() - theirs).abs().max() <= 2 * TOLERANCE[dtype] * theirs.abs().max()
+
+
+# ---- one row and the others ---------------------------------------------------------------------------------------------
+
+ONE_LAUNCH = [
+    pytest.param(2, {}, WavefrontPlan(16, 8, 2), id="stack"),
+    pytest.param(2, {}, WavefrontPlan(16, 8, 2, 2), id="stack, beside"),
+    pytest.param(2, {"reverse": True}, WavefrontPlan(16, 8, 2), id="two directions"),
+    pytest.param(2, {"reverse": True}, ResidentPlan(32, 8, 2), id="resident"),
+]
+
+
+def rows_of_sequence(sizes, b):
+    """Where its rows are in packed data."""
+    starts = [0, *itertools.accumulate(sizes)]
+    return [starts[t] + b for t, size in enumerate(sizes) if b < size]
+
+
+@pytest.mark.parametrize("lanes, options, plan", ONE_LAUNCH)
+@pytest.mark.parametrize("value", [NAN, float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("sequence", [0, 2, 4])
+def test_not_finite_in_one_sequence_stays_there(lanes, options, plan, value, dtype, sequence):
+    """In its initial state and, backward, in the gradient of what it puts out last: the longest, one that ends, the shortest."""
+    lengths = (4, 3, 2, 2, 1)
+    finite = Case(lengths, 32, lanes, dtype, **options).forward(plan)
+    case = Case(lengths, 32, lanes, dtype, **options)
+    case.hx[:, sequence, 5] = value
+    case.forward(plan)
+    assert case.error[0] == 0
+    own = rows_of_sequence(case.sizes, sequence)
+    others = [row for row in range(case.rows) if row not in own]
+    assert not case.out[own].isfinite().all() and torch.equal(case.out[others], finite.out[others])
+    rest = [b for b in range(case.batch) if b != sequence]
+    assert torch.equal(case.h_n[:, rest], finite.h_n[:, rest]) and torch.equal(case.saved[:, others], finite.saved[:, others])
+    finite, case = (Case(lengths, 32, lanes, dtype, **options) for _ in range(2))
+    finite.backward(plan)
+    case.dhn[:, sequence, 5] = value
+    case.backward(plan)
+    assert case.error[0] == 0
+    assert not case.dhx[:, sequence].isfinite().all() and torch.equal(case.dhx[:, rest], finite.dhx[:, rest])
+    assert torch.equal(case.d_gates[:, others], finite.d_gates[:, others])
+
+
+@pytest.mark.parametrize("lanes, options, plan", ONE_LAUNCH)
+def test_the_same_bits_again_and_beside_others(lanes, options, plan):
+    """A sequence gives what it gives alone, whatever lies beside it in a tile."""
+    first, second = (Case(RAGGED, 32, lanes, torch.float32, **options) for _ in range(2))
+    first.forward(plan)
+    second.forward(plan)
+    for name in ("out", "h_n", "saved"):
+        assert torch.equal(getattr(first, name), getattr(second, name))
+    alone = Case(RAGGED[3:4], 32, lanes, torch.float32, **options)
+    own = rows_of_sequence(first.sizes, 3)
+    alone.parameters, alone.x, alone.hx = first.parameters, first.x[own], first.hx[:, 3:4]
+    alone.forward(plan)
+    torch.testing.assert_close(alone.out, first.out[own], rtol=0, atol=1e-6)  # gi by another product
+    gradients = [Case(RAGGED, 32, lanes, torch.float32, **options).backward(plan) for _ in range(2)]
+    for name in ("d_gates", "dhx", "sums"):
+        assert torch.equal(*(getattr(case, name) for case in gradients))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_wait_ends(monkeypatch, reverse):
+    monkeypatch.setattr(emulated, "SETTLE_SECONDS", 0.3)
+    for run_case in (Case.forward, Case.backward):
+        case = run_case(Case((4, 4, 2, 1), 32, 2, torch.float16, reverse=reverse), WavefrontPlan(16, 8, 2), missing=1)
+        assert case.error[0] != 0 and case.host == case.LAUNCH_ID
+        result = case.out if run_case is Case.forward else case.dhx
+        assert result.isnan().any()
+
+
+# ---- compiled -----------------------------------------------------------------------------------------------------------
+
+SHAPES = {
+    # batch, hidden, layers, two directions
+    "deep": (10, 256, 6, False),
+    "speech": (32, 256, 2, False),
+    "two directions": (10, 256, 2, True),
+    "h64": (64, 64, 1, False),
+    "h128": (64, 128, 2, True),
+    "h512": (16, 512, 2, False),
+    "h1024": (8, 1024, 1, False),
+}
+
+
+@pytest.mark.parametrize("capability", [89, 90])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", SHAPES)
+def test_planned_launches_compile(name, dtype, capability):
+    """No spills, 99 KB of shared memory, all programs resident, with dropout where there may be some."""
+    batch, hidden, layers, reverse = SHAPES[name]
+    gpu = gpu_named("rtx4090" if capability == 89 else "h100")
+    options = {"reverse": reverse, "multiprocessors": gpu.multiprocessors}
+    lanes = 2 if reverse else layers
+    for planned, compiled in (
+        (plan_whole_sequence, functools.partial(aot.compile_whole_sequence, save_gates=True)),
+        (plan_whole_sequence_backward, aot.compile_whole_sequence_backward),
+    ):
+        plan = planned(batch, hidden, lanes, dtype.itemsize, **options)
+        plan = plan and packed_plan(plan, batch, hidden, dtype.itemsize, multiprocessors=gpu.multiprocessors)
+        if not isinstance(plan, WholeSequencePlan):
+            assert name in ("h1024", "h512")
+            continue
+        stack = plan.lanes > 1 and not reverse
+        taken = compiled(
+            dtype, plan, batch=batch, hidden=hidden, reverse=reverse, masked=stack, packed=True, capability=capability
+        )
+        assert taken.stack_bytes == taken.spill_bytes == 0 and taken.shared_bytes <= 99 * 1024
+        if plan.waits(reverse=reverse):
+            resident = gpu.resident_programs(taken.registers, plan.kernel.num_warps, taken.shared_bytes)
+            assert plan.programs(batch, hidden) <= gpu.multiprocessors * resident

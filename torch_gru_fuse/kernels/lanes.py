@@ -77,15 +77,14 @@ def shared_row(s_rows, i: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def in_memory(i, steps, backwards):
-    """Which step in memory the i-th of a program is that takes so many; after the last one it stays there."""
-    i = gl.minimum(i, steps - 1)
+    """Which step in memory the i-th of a program is that takes so many."""
     return i + backwards * (steps - 1 - 2 * i)
 
 
 @gluon.jit
 def first_row(p_offsets, i, steps, backwards):
-    """The row in which the i-th step of a program begins."""
-    return gl.load(p_offsets + in_memory(i, steps, backwards))
+    """The row in which the i-th step of a program begins, or the last step where it has fewer."""
+    return gl.load(p_offsets + in_memory(gl.minimum(i, steps - 1), steps, backwards))
 
 
 @gluon.jit
@@ -96,32 +95,36 @@ def rows_after(p_offsets, i, steps, backwards):
 
 @gluon.jit
 def rows_of(p_offsets, i, steps, backwards, B):
-    """Rows of the i-th step of a program: more than come before its own first one."""
+    """Rows of the i-th step of a program, or of the last one: more than come before its own first one."""
     if p_offsets is None:
         return B
     else:
-        p = p_offsets + in_memory(i, steps, backwards)
+        p = p_offsets + in_memory(gl.minimum(i, steps - 1), steps, backwards)
         return gl.load(p + 1) - gl.load(p)
 
 
 @gluon.jit
 def row_steps(p_lengths, o_b, steps, backwards):
-    """Of each row the first step of a program in which it takes part, and the first in which it no longer does."""
+    """In which steps of a program each row takes part, for the functions below."""
     if p_lengths is None:
-        return 0, steps
+        return steps, steps, backwards
     else:
-        b_length = gl.load(p_lengths + o_b)
-        b_begin = backwards * (steps - b_length)
-        return b_begin, b_begin + b_length
+        return gl.load(p_lengths + o_b), steps, backwards
+
+
+@gluon.jit
+def takes_part(i, rows):
+    """By rows; the i-th step is one that the program has."""
+    return in_memory(i, rows[1], rows[2]) < rows[0]
 
 
 @gluon.jit
 def in_step(p_offsets, m, i, rows):
-    """m, of rows that take part in the i-th step; rows: of ``row_steps``."""
+    """m, of rows that take part in the i-th step."""
     if p_offsets is None:
         return m
     else:
-        return m & (i >= rows[0]) & (i < rows[1])
+        return m & takes_part(i, rows)
 
 
 @gluon.jit
@@ -130,7 +133,16 @@ def if_in_step(p_offsets, yes, no, i, rows):
     if p_offsets is None:
         return yes
     else:
-        return gl.where((i >= rows[0]) & (i < rows[1]), yes, no)
+        return gl.where(takes_part(i, rows), yes, no)
+
+
+@gluon.jit
+def is_step(p_offsets, i, rows):
+    """By rows: whether there is an i-th step, i > 0, and they take part in it."""
+    if p_offsets is None:
+        return i < rows[1]
+    else:
+        return (i < rows[1]) & takes_part(i, rows)
 
 
 # ---- gates ------------------------------------------------------------------------------------------------------------------

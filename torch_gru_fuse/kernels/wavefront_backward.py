@@ -26,6 +26,7 @@ from .lanes import (
     gate_layout,
     if_in_step,
     in_step,
+    is_step,
     most_registers,
     round_parameter,
     row_steps,
@@ -239,7 +240,7 @@ def wavefront_backward_kernel(
     steps_b = row_steps(p_lengths, gl.minimum(o_b, B - 1), T, backwards)
     m_t = in_step(p_offsets, m, 0, steps_b)
     m_dyt = in_step(p_offsets, m_dy, 0, steps_b)
-    saved = load_saved(p_g + o_d, gl.where(steps_b[1] > 1, p_before, p_first), p_y, m_t, m_dyt, b_zero, H)
+    saved = load_saved(p_g + o_d, gl.where(is_step(p_offsets, 1, steps_b), p_before, p_first), p_y, m_t, m_dyt, b_zero, H)
     b_r, b_z, b_n, b_hn, b_h, b_dy = saved
 
     # The polled tile [slices, k, batch].  Rows beyond the batch read its last row, vectors beyond H the first ones.
@@ -338,7 +339,7 @@ def wavefront_backward_kernel(
         m_t = in_step(p_offsets, m, t + 1, steps_b)
         m_dyt = in_step(p_offsets, m_dy, t + 1, steps_b)
         b_r, b_z, b_n, b_hn, b_h, b_dy = load_saved(
-            p_g + o_d, gl.where(t + 2 < steps_b[1], p_before, p_first), p_y, m_t, m_dyt, b_zero, H
+            p_g + o_d, gl.where(is_step(p_offsets, t + 2, steps_b), p_before, p_first), p_y, m_t, m_dyt, b_zero, H
         )
         if p_masks is not None:
             p_m += gl.where(more, stride_h, 0)

@@ -15,10 +15,10 @@ from torch_gru_fuse.planner.gpus import GPU
 from torch_gru_fuse.planner.stream import StreamPlan, plan_stream
 from torch_gru_fuse.planner.tiles import POINTWISE_TILE, Tile, default_cell_tile, default_step_tile
 from torch_gru_fuse.planner.whole_sequence import (
-    PACKED_KERNELS,
     ResidentPlan,
     StagedPlan,
     WholeSequencePlan,
+    packed_plan,
     plan_whole_sequence,
     plan_whole_sequence_backward,
     why_no_plan,
@@ -222,30 +222,24 @@ def _plan_gru_packed(
     own = functools.partial(Plan, "torch", None, tf32)
     if choice in ("torch", "step"):
         return own("asked for" if choice == "torch" else "no launches of single steps for packed sequences")
-    whole = _whole(B, H, L, D, dtype, tf32, gpu)
+    whole, backward = _whole(B, H, L, D, dtype, tf32, gpu), None
+    if isinstance(whole, WholeSequencePlan):
+        packed = functools.partial(packed_plan, multiprocessors=gpu.multiprocessors)
+        whole = packed(whole, B, H, _BYTES[dtype])
+        if training:
+            backward = _whole_backward(B, H, L, D, dtype, tf32, gpu)
+            if backward is not None:
+                backward = packed(backward, B, H, _BYTES[dtype])
+            if not isinstance(backward, WholeSequencePlan):
+                whole = backward or "there is no launch for the backward of whole sequences"
     if isinstance(whole, str):
         return own(whole)
-    backward = _whole_backward(B, H, L, D, dtype, tf32, gpu) if training else None
-    reason = _why_not_packed(whole, H) or (training and _why_not_packed(backward, H))
-    if reason:
-        return own(reason)
     in_one = functools.partial(Plan, "whole", None, tf32, whole=whole, backward=backward)
     if choice != "auto" or not cudnn:
         return in_one("asked for" if choice != "auto" else "cuDNN is switched off")
     if packed_is_faster(whole, T, B, H, L, D, _BYTES[dtype], training=training, backward=backward):
         return in_one("whole sequences in one launch, without their padding: faster than cuDNN")
     return own("cuDNN is faster than whole sequences in one launch, as far as was measured")
-
-
-def _why_not_packed(plan: WholeSequencePlan | None, H: int) -> str | None:
-    """Why the launches of a plan do not run packed sequences; None: they do.  plan None: there is none for the backward."""
-    if H % 16:
-        return f"H = {H}: kernels of packed sequences need a multiple of 16"
-    if plan is None:
-        return "there is no launch for the backward of whole sequences"
-    if plan.kernel.name not in PACKED_KERNELS:
-        return f"the {plan.kernel.name} kernel does not run packed sequences"
-    return None
 
 
 @functools.lru_cache(maxsize=4096)

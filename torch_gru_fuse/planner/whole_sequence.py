@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from .gpus import GPU
 
 __all__ = [
-    "PACKED_KERNELS",
     "Prediction",
     "ResidentPlan",
     "StagedPlan",
     "WavefrontPlan",
     "WholeSequencePlan",
+    "packed_plan",
     "plan_resident",
     "plan_resident_backward",
     "plan_staged",
@@ -35,9 +35,6 @@ __all__ = [
     "why_no_plan",
     "why_not_gpu",
 ]
-
-#: Names of the kernels that run packed sequences, too.
-PACKED_KERNELS = ("wavefront",)
 
 _REGISTERS_PER_SM = 65536
 _SHARED_BYTES = 99 * 1024  # of a program
@@ -258,6 +255,24 @@ def plan_resident_backward(hidden: int, element_bytes: int) -> ResidentPlan | No
     if units > 128 or (units, element_bytes) == (128, 4):  # spills, and T=200, B=128 takes 0.88 ms, by the wavefront 0.67
         return None
     return ResidentPlan(units, rows=8, num_warps=units // 16)
+
+
+def packed_plan(
+    plan: WholeSequencePlan, batch: int, hidden: int, element_bytes: int, *, multiprocessors: int = 128
+) -> WholeSequencePlan | str:
+    """What runs packed sequences in the place of a plan, forward or backward, or why there is nothing.
+
+    A program runs the same rows, if not as long.
+    """
+    kernel = plan.kernel
+    if hidden % 16:
+        return f"H = {hidden}: packed sequences need a multiple of 16"
+    if isinstance(kernel, StagedPlan):
+        return "staged, the kernel for batches that fill the GPU, does not run packed sequences"
+    if isinstance(kernel, ResidentPlan) and kernel.units == 128 and element_bytes == 4:  # spills 8 to 24 bytes
+        wavefront = _wavefront(batch, hidden, plan.lanes, element_bytes, False, multiprocessors)
+        return WholeSequencePlan(plan.lanes, wavefront) if isinstance(wavefront, WavefrontPlan) else wavefront
+    return plan
 
 
 def why_no_plan(
