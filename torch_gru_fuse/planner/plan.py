@@ -229,7 +229,7 @@ def _plan_gru_packed(
         if training:
             backward = _whole_backward(B, H, L, D, dtype, tf32, gpu)
             if backward is not None:
-                backward = packed(backward, B, H, _BYTES[dtype])
+                backward = packed(backward, B, H, _BYTES[dtype], backward=True)
             if not isinstance(backward, WholeSequencePlan):
                 whole = backward or "there is no launch for the backward of whole sequences"
     if isinstance(whole, str):

@@ -257,10 +257,15 @@ def plan_resident_backward(hidden: int, element_bytes: int) -> ResidentPlan | No
     return ResidentPlan(units, rows=8, num_warps=units // 16)
 
 
+# Bytes of a row of units of ``resident``, forward and backward, up to which packed sequences spill nothing: with 128 fp32 units
+# the forward spills 8 to 24 bytes, with 64, or 128 of half precision, the backward 32 to 256.
+_PACKED_RESIDENT_BYTES = {False: 256, True: 128}
+
+
 def packed_plan(
-    plan: WholeSequencePlan, batch: int, hidden: int, element_bytes: int, *, multiprocessors: int = 128
+    plan: WholeSequencePlan, batch: int, hidden: int, element_bytes: int, *, backward: bool = False, multiprocessors: int = 128
 ) -> WholeSequencePlan | str:
-    """What runs packed sequences in the place of a plan, forward or backward, or why there is nothing.
+    """What runs packed sequences in the place of a plan, or why there is nothing.
 
     A program runs the same rows, if not as long.
     """
@@ -269,9 +274,14 @@ def packed_plan(
         return f"H = {hidden}: packed sequences need a multiple of 16"
     if isinstance(kernel, StagedPlan):
         return "staged, the kernel for batches that fill the GPU, does not run packed sequences"
-    if isinstance(kernel, ResidentPlan) and kernel.units == 128 and element_bytes == 4:  # spills 8 to 24 bytes
-        wavefront = _wavefront(batch, hidden, plan.lanes, element_bytes, False, multiprocessors)
-        return WholeSequencePlan(plan.lanes, wavefront) if isinstance(wavefront, WavefrontPlan) else wavefront
+    if isinstance(kernel, ResidentPlan) and kernel.units * element_bytes > _PACKED_RESIDENT_BYTES[backward]:
+        if backward:
+            wavefront = _wavefront_backward(batch, hidden, plan.lanes, element_bytes, False, multiprocessors)
+        else:
+            wavefront = _wavefront(batch, hidden, plan.lanes, element_bytes, False, multiprocessors)
+        if isinstance(wavefront, WavefrontPlan):
+            return WholeSequencePlan(plan.lanes, wavefront)
+        return wavefront or f"batch {batch}: more programs of the backward than {multiprocessors} multiprocessors hold"
     return plan
 
 
