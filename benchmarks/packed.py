@@ -2,7 +2,7 @@
 
     python benchmarks/packed.py [--shapes speech,deep] [--dtypes tf32,fp16] [--seconds 50]
 
-Lengths are uniform between a quarter of T and T.  Outputs, final states and all gradients are compared with PyTorch's operations
+Lengths are uniform between a quarter of T and T.  Outputs, final states and gradients are compared with PyTorch's operations
 in float64 first, and a second run has to give the same bits; where the error is more than three times cuDNN's, no time is
 shown.  "gpu" is what the GPU takes of a call, by events around calls that are queued behind a long kernel, "wall" what a call
 takes from one synchronisation to the next, host included.  Training is forward and backward through the op, of cuDNN through

@@ -1,4 +1,4 @@
-"""Packed sequences where a GPU is needed: cuDNN and kernels behind the op, compiled models, CUDA graphs; against torch's own."""
+"""Packed sequences where a GPU is needed: cuDNN and kernels behind the op, compiled models, CUDA graphs; against torch."""
 
 import copy
 import warnings
