@@ -16,6 +16,7 @@ from torch_gru_fuse.kernels import aot
 from torch_gru_fuse.planner.gpus import gpu_named
 from torch_gru_fuse.planner.whole_sequence import (
     ResidentPlan,
+    StagedPlan,
     WavefrontPlan,
     WholeSequencePlan,
     packed_plan,
@@ -211,7 +212,24 @@ RESIDENT_CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("lengths, hidden, lanes, dtype, plan, options", [*WAVEFRONT_CASES, *RESIDENT_CASES])
+# In three tiles and more a pair of them begins late and ends early.
+MANY = (7, 7, *[6] * 9, *[5] * 7, *[4] * 8, *[2] * 5, 1, 1)
+STAGED_CASES = [
+    pytest.param(RAGGED, 64, 1, torch.float16, StagedPlan(16, 8, 1, 1, 1), {}, id="one tile"),
+    pytest.param(RAGGED, 64, 2, torch.float32, StagedPlan(16, 8, 2, 2, 1), {"reverse": True}, id="two tiles, directions"),
+    pytest.param(MANY, 64, 1, torch.float32, StagedPlan(16, 8, 4, 1, 2), {}, id="four tiles"),
+    pytest.param(MANY, 64, 2, torch.float16, StagedPlan(32, 8, 4, 1, 2), {"reverse": True}, id="four tiles, directions"),
+    pytest.param(MANY, 80, 1, torch.bfloat16, StagedPlan(16, 8, 6, 1, 1, pieces=2, share=1), {}, id="in pieces, 80 units"),
+    pytest.param((3,) * 20, 64, 2, torch.float16, StagedPlan(16, 16, 1, 1, 1), {"reverse": True}, id="equal lengths"),
+    pytest.param((1,) * 5, 64, 2, torch.float16, StagedPlan(16, 8, 2, 1, 1), {"reverse": True}, id="one step"),
+    pytest.param((9, *[2] * 30), 64, 2, torch.float32, StagedPlan(32, 8, 4, 1, 2), {"reverse": True}, id="one is long"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "lengths, hidden, lanes, dtype, plan, options",
+    [*WAVEFRONT_CASES, *RESIDENT_CASES, *(pytest.param(*c.values, id=f"staged, {c.id}") for c in STAGED_CASES)],
+)
 def test_forward(lengths, hidden, lanes, dtype, plan, options):
     case = Case(lengths, hidden, lanes, dtype, **options).forward(plan).solve()
     assert case.error[0] == 0 and case.host == 0

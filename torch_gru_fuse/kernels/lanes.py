@@ -104,6 +104,12 @@ def rows_of(p_offsets, i, steps, backwards, B):
 
 
 @gluon.jit
+def groups_of(rows, first, SIZE: gl.constexpr, MOST: gl.constexpr):
+    """Groups of SIZE rows, from the ``first`` on, that have some of so many rows; not more than MOST."""
+    return gl.minimum((rows - first + (SIZE - 1)) // SIZE, MOST)
+
+
+@gluon.jit
 def row_steps(p_lengths, o_b, steps, backwards):
     """In which steps of a program each row takes part, for the functions below."""
     if p_lengths is None:
