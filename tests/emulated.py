@@ -97,6 +97,8 @@ class Pointer:
         self.dtype = SimpleNamespace(element_ty=DType(dtype))
 
     def __add__(self, offset):
+        if isinstance(offset, torch.Tensor):
+            offset = offset.long()  # offsets may have 32 bits, addresses have not
         return Pointer(self.address + offset * self.element.itemsize, self.element)
 
     def __sub__(self, offset):

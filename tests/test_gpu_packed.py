@@ -257,6 +257,9 @@ WHOLE = [
     {"lengths": (33, 12), "I": 16, "H": 512, "L": 2, "bias": False},
     {"lengths": (20, 20, 9), "I": 8, "H": 32, "L": 1},
     {"lengths": (1, 1, 1), "I": 16, "H": 256, "L": 2},
+    {"lengths": tuple(1 + n // 8 for n in range(300, 0, -1)), "I": 16, "H": 256, "L": 1},  # several tiles a program
+    {"lengths": tuple(1 + n // 40 for n in range(700, 0, -1)), "I": 16, "H": 256, "L": 1, "bidirectional": True},
+    {"lengths": tuple(range(60, 0, -1)), "I": 16, "H": 512, "L": 1},
 ]
 HALF_BITS = {"tf32": 2**-11, "float16": 2**-11, "bfloat16": 2**-8}
 

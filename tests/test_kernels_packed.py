@@ -219,7 +219,7 @@ STAGED_CASES = [
     pytest.param(RAGGED, 64, 2, torch.float32, StagedPlan(16, 8, 2, 2, 1), {"reverse": True}, id="two tiles, directions"),
     pytest.param(MANY, 64, 1, torch.float32, StagedPlan(16, 8, 4, 1, 2), {}, id="four tiles"),
     pytest.param(MANY, 64, 2, torch.float16, StagedPlan(32, 8, 4, 1, 2), {"reverse": True}, id="four tiles, directions"),
-    pytest.param(MANY, 80, 1, torch.bfloat16, StagedPlan(16, 8, 6, 1, 1, pieces=2, share=1), {}, id="in pieces, 80 units"),
+    pytest.param(MANY, 128, 1, torch.bfloat16, StagedPlan(16, 8, 6, 1, 1, pieces=2, share=1), {}, id="in pieces"),
     pytest.param((3,) * 20, 64, 2, torch.float16, StagedPlan(16, 16, 1, 1, 1), {"reverse": True}, id="equal lengths"),
     pytest.param((1,) * 5, 64, 2, torch.float16, StagedPlan(16, 8, 2, 1, 1), {"reverse": True}, id="one step"),
     pytest.param((9, *[2] * 30), 64, 2, torch.float32, StagedPlan(32, 8, 4, 1, 2), {"reverse": True}, id="one is long"),
@@ -265,7 +265,10 @@ BACKWARD_CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("lengths, hidden, lanes, dtype, plan, options", BACKWARD_CASES)
+@pytest.mark.parametrize(
+    "lengths, hidden, lanes, dtype, plan, options",
+    [*BACKWARD_CASES, *(pytest.param(*c.values, id=f"staged, {c.id}") for c in STAGED_CASES)],
+)
 def test_backward(lengths, hidden, lanes, dtype, plan, options):
     case = Case(lengths, hidden, lanes, dtype, **options).backward(plan)
     assert case.error[0] == 0 and case.host == 0
@@ -281,7 +284,8 @@ ONE_LAUNCH = [
     pytest.param(2, {}, WavefrontPlan(16, 8, 2), id="stack"),
     pytest.param(2, {}, WavefrontPlan(16, 8, 2, 2), id="stack, beside"),
     pytest.param(2, {"reverse": True}, WavefrontPlan(16, 8, 2), id="two directions"),
-    pytest.param(2, {"reverse": True}, ResidentPlan(32, 8, 2), id="resident"),
+    pytest.param(2, {"reverse": True}, ResidentPlan(64, 8, 4), id="resident"),
+    pytest.param(2, {"reverse": True}, StagedPlan(16, 8, 2, 1, 1), id="staged"),
 ]
 
 
@@ -298,8 +302,8 @@ def rows_of_sequence(sizes, b):
 def test_not_finite_in_one_sequence_stays_there(lanes, options, plan, value, dtype, sequence):
     """In its initial state and, backward, in the gradient of its last: of the longest, of one between, of the shortest."""
     lengths = (4, 3, 2, 2, 1)
-    finite = Case(lengths, 32, lanes, dtype, **options).forward(plan)
-    case = Case(lengths, 32, lanes, dtype, **options)
+    finite = Case(lengths, 64, lanes, dtype, **options).forward(plan)
+    case = Case(lengths, 64, lanes, dtype, **options)
     case.hx[:, sequence, 5] = value
     case.forward(plan)
     assert case.error[0] == 0
@@ -308,7 +312,7 @@ def test_not_finite_in_one_sequence_stays_there(lanes, options, plan, value, dty
     assert not case.out[own].isfinite().all() and torch.equal(case.out[others], finite.out[others])
     rest = [b for b in range(case.batch) if b != sequence]
     assert torch.equal(case.h_n[:, rest], finite.h_n[:, rest]) and torch.equal(case.saved[:, others], finite.saved[:, others])
-    finite, case = (Case(lengths, 32, lanes, dtype, **options) for _ in range(2))
+    finite, case = (Case(lengths, 64, lanes, dtype, **options) for _ in range(2))
     finite.backward(plan)
     case.dhn[:, sequence, 5] = value
     case.backward(plan)
@@ -320,17 +324,17 @@ def test_not_finite_in_one_sequence_stays_there(lanes, options, plan, value, dty
 @pytest.mark.parametrize("lanes, options, plan", ONE_LAUNCH)
 def test_the_same_bits_again_and_beside_others(lanes, options, plan):
     """A sequence gives what it gives alone, whatever lies beside it in a tile."""
-    first, second = (Case(RAGGED, 32, lanes, torch.float32, **options) for _ in range(2))
+    first, second = (Case(RAGGED, 64, lanes, torch.float32, **options) for _ in range(2))
     first.forward(plan)
     second.forward(plan)
     for name in ("out", "h_n", "saved"):
         assert torch.equal(getattr(first, name), getattr(second, name))
-    alone = Case(RAGGED[3:4], 32, lanes, torch.float32, **options)
+    alone = Case(RAGGED[3:4], 64, lanes, torch.float32, **options)
     own = rows_of_sequence(first.sizes, 3)
     alone.parameters, alone.x, alone.hx = first.parameters, first.x[own], first.hx[:, 3:4]
     alone.forward(plan)
     torch.testing.assert_close(alone.out, first.out[own], rtol=0, atol=1e-6)  # gi by another product
-    gradients = [Case(RAGGED, 32, lanes, torch.float32, **options).backward(plan) for _ in range(2)]
+    gradients = [Case(RAGGED, 64, lanes, torch.float32, **options).backward(plan) for _ in range(2)]
     for name in ("d_gates", "dhx", "sums"):
         assert torch.equal(*(getattr(case, name) for case in gradients))
 
@@ -356,6 +360,8 @@ SHAPES = {
     "h128": (64, 128, 2, True),
     "h512": (16, 512, 2, False),
     "h1024": (8, 1024, 1, False),
+    "rl": (256, 256, 1, False),
+    "wide": (1024, 256, 1, False),
 }
 
 
@@ -376,7 +382,7 @@ def test_planned_launches_compile(name, dtype, capability):
         for_packed = {"backward": backward, "multiprocessors": gpu.multiprocessors}
         plan = plan and packed_plan(plan, batch, hidden, dtype.itemsize, **for_packed)
         if not isinstance(plan, WholeSequencePlan):
-            assert name in ("h1024", "h512")  # no plan for padded ones, either, or staged
+            assert name in ("h1024", "h512")  # no plan for padded ones, either
             continue
         stack = plan.lanes > 1 and not reverse
         taken = compiled(

@@ -24,7 +24,7 @@ from torch_gru_fuse.ops import (
 from torch_gru_fuse.ops.call import PackedCall
 from torch_gru_fuse.planner.gpus import gpu_named
 from torch_gru_fuse.planner.plan import Plan
-from torch_gru_fuse.planner.whole_sequence import WavefrontPlan, WholeSequencePlan
+from torch_gru_fuse.planner.whole_sequence import ResidentPlan, StagedPlan, WavefrontPlan, WholeSequencePlan
 
 states_before = interpreted.load("kernels.packed_states").states_before_kernel
 SPREAD = WavefrontPlan(16, 8, 2)
@@ -98,6 +98,8 @@ CASES = [
     pytest.param({"L": 2, "bidirectional": True}, WholeSequencePlan(2, SPREAD), id="two directions"),
     pytest.param({"L": 2, "bidirectional": True, "dropout": True}, WholeSequencePlan(2, SPREAD), id="directions, dropout"),
     pytest.param({"L": 2, "lengths": (1,)}, WholeSequencePlan(2, SPREAD), id="one row"),
+    pytest.param({"L": 2}, WholeSequencePlan(1, ResidentPlan(32, 8, 2)), id="resident"),
+    pytest.param({"H": 64, "bidirectional": True}, WholeSequencePlan(2, StagedPlan(32, 8, 2, 1, 2)), id="staged"),
     pytest.param({"L": 2, "lengths": (3, 3, 3)}, WholeSequencePlan(2, SPREAD), id="equal lengths"),
 ]  # fmt: skip
 

@@ -155,8 +155,8 @@ def load_weights(p, m, layout: gl.constexpr):
 
 @gluon.jit
 def states_at(p_offsets, p, p_first, o_b, o_k, rows, B, ROW_H: gl.constexpr, RING: gl.constexpr):
-    """Addresses of states.  There are B rows or, in a ring, enough for all tiles.  Of packed sequences there are so many ``rows``
-    after the step before; others have the initial state."""
+    """Addresses of states, of which there are B rows or, in a ring, enough for all tiles.  Of packed sequences so many ``rows``
+    took part in the step before; others have the initial state."""
     if RING:
         return p + (o_b * ROW_H + o_k)
     elif p_offsets is None:
@@ -195,9 +195,9 @@ def staged_kernel(
     SHARE blocks of W_hn live in shared memory, all other weights in registers.
     Saved for the backward, if SAVE_GATES: r, z, n, hn, [lanes, T, B, 4, H].
 
-    Packed sequences: p_offsets, see ``lanes``; rows [N] of all steps take the place of [T, B], and there is no RING.  A row takes
-    part in a step that has more rows than come before it.  A program ends with its first sequence, and a pair of tiles is passed
-    over in steps in which none of its rows take part.
+    Packed sequences: p_offsets, see ``lanes``; rows [N] of all steps take the place of [T, B], and there is no RING.  A row
+    takes part in a step that has more rows than come before it.  A program ends with its first sequence, and a pair of tiles is
+    passed over in steps in which none of its rows take part.
 
     Bytes a step and lane: each program reads the B*H states of its rows once and writes its own, gi 3BH once, gates 4BH
     written; weights none.  Bound by tensor cores (mma.sync) and shared memory where TILES > 1, else by one crossing, one

@@ -12,7 +12,7 @@ check with the compiler.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
@@ -262,6 +262,18 @@ def plan_resident_backward(hidden: int, element_bytes: int) -> ResidentPlan | No
 _PACKED_RESIDENT_BYTES = {False: 256, True: 128}
 
 
+def _packed_staged_backward(kernel: StagedPlan, hidden: int, element_bytes: int) -> StagedPlan:
+    """The same rows a program without spills: as planned, these would spill 4 to 88 bytes."""
+    padded = _padded(hidden)
+    if (padded, element_bytes) == (256, 2) and kernel.rows == 16:
+        return replace(kernel, rows=8, tiles=2 * kernel.tiles)
+    if (padded, element_bytes) == (256, 4) and kernel.tiles == 2:
+        return replace(kernel, pieces=3, share=2)
+    if (padded, element_bytes) == (512, 2) and kernel.tiles == 2:
+        return replace(kernel, pieces=3)
+    return kernel
+
+
 def packed_plan(
     plan: WholeSequencePlan, batch: int, hidden: int, element_bytes: int, *, backward: bool = False, multiprocessors: int = 128
 ) -> WholeSequencePlan | str:
@@ -273,7 +285,9 @@ def packed_plan(
     if hidden % 16:
         return f"H = {hidden}: packed sequences need a multiple of 16"
     if isinstance(kernel, StagedPlan):
-        return "staged, the kernel for batches that fill the GPU, does not run packed sequences"
+        if backward:
+            return replace(plan, kernel=_packed_staged_backward(kernel, hidden, element_bytes))
+        return replace(plan, kernel=replace(kernel, ring=False))  # rows of a ring all have the same number of steps
     if isinstance(kernel, ResidentPlan) and kernel.units * element_bytes > _PACKED_RESIDENT_BYTES[backward]:
         if backward:
             wavefront = _wavefront_backward(batch, hidden, plan.lanes, element_bytes, False, multiprocessors)
