@@ -277,6 +277,7 @@ def staged_backward_kernel(
     # Where the lane's first step reads and writes, and how far it is to the next.
     rows = gl.cast(B, gl.int64)
     steps = T * rows
+    backwards = 1 - l
     sign = 2 * l - 1
     stride_ot = sign * B * ROW_O
     stride_gt = sign * B * ROW_G
@@ -287,7 +288,7 @@ def staged_backward_kernel(
         p_lengths = p_offsets + (T + 1)
         steps = gl.cast(gl.load(p_offsets + T), gl.int64)
         T = gl.load(p_lengths + i_b * (TILES * N))
-        row_0 = gl.cast(first_row(p_offsets, 0, T, 1 - l), gl.int64)
+        row_0 = gl.cast(first_row(p_offsets, 0, T, backwards), gl.int64)
         first_o = l * H + row_0 * ROW_O
         first_g = (l * steps + row_0) * ROW_G
         stride_ot = 0  # `fetch` knows the way
@@ -362,13 +363,12 @@ def staged_backward_kernel(
     o_gu = i_u * U + gl.expand_dims(gl.arange(0, U, gl.SliceLayout(0, copy_in)), 0)
     o_gn = i_b * (TILES * N) + gl.expand_dims(gl.arange(0, N, gl.SliceLayout(1, copy_in)), 1)
     s_in = share_tiles(dtype, [SLOTS, N, U], gate_rows, 5 if p_dy is None else 6)
-    b = 1 - l
     if TILES == 1:
-        fetch(s_in, 0, p_offsets, p_g, p_before, p_first, p_y, 0, 0, 0, T, b, B, o_gn, o_gu, H, ROW_O)
-        fetch(s_in, 1, p_offsets, p_g, p_before, p_first, p_y, stride_gt, stride_ot, 1, T, b, B, o_gn, o_gu, H, ROW_O)
+        fetch(s_in, 0, p_offsets, p_g, p_before, p_first, p_y, 0, 0, 0, T, backwards, B, o_gn, o_gu, H, ROW_O)
+        fetch(s_in, 1, p_offsets, p_g, p_before, p_first, p_y, stride_gt, stride_ot, 1, T, backwards, B, o_gn, o_gu, H, ROW_O)
     elif SLOTS > 1:
-        fetch(s_in, 0, p_offsets, p_g, p_before, p_first, p_y, 0, 0, 0, T, b, B, o_gn, o_gu, H, ROW_O)
-        fetch(s_in, 1, p_offsets, p_g, p_before, p_first, p_y, 0, 0, 0, T, b, B, o_gn + N, o_gu, H, ROW_O)
+        fetch(s_in, 0, p_offsets, p_g, p_before, p_first, p_y, 0, 0, 0, T, backwards, B, o_gn, o_gu, H, ROW_O)
+        fetch(s_in, 1, p_offsets, p_g, p_before, p_first, p_y, 0, 0, 0, T, backwards, B, o_gn + N, o_gu, H, ROW_O)
 
     # Lines of d_gates to prefetch, one address a thread.
     LINES: gl.constexpr = max(1, U * BYTES // 128)
@@ -376,7 +376,7 @@ def staged_backward_kernel(
     o_fn = i_b * (TILES * N) + o_f % N
     o_f = o_f // N % 4 * H + gl.minimum(i_u * U + o_f // (4 * N) * (128 // BYTES), H - 1)
 
-    rows_t = rows_of(p_offsets, 0, T, b, B)  # that take part in a step, and in the one before
+    rows_t = rows_of(p_offsets, 0, T, backwards, B)  # that take part in a step, and in the one before
     rows_old = rows_t
     p_t = gates_at(p_old, gl.minimum(o_cn, rows_old - 1) * ROW_G, o_ck, 0, GATES, H, KP, VECTOR, WHOLE)
     b_ts = issue_gates(p_t, GATES, H, VECTORS, PACK)
@@ -384,8 +384,8 @@ def staged_backward_kernel(
     for s in range(T + 1):
         pairs = PAIRS
         if p_offsets is not None:
-            rows_t = rows_of(p_offsets, s, T, b, B)
-            stride_gt = rows_after(p_offsets, s, T, b) * ROW_G
+            rows_t = rows_of(p_offsets, s, T, backwards, B)
+            stride_gt = rows_after(p_offsets, s, T, backwards) * ROW_G
             if CARRY:
                 here = gl.where(s < T, gl.maximum(rows_t, rows_old), B)
                 pairs = groups_of(here, i_b * (TILES * N), PAIR * N, PAIRS)
@@ -413,7 +413,8 @@ def staged_backward_kernel(
                     barrier()
                     if SLOTS == 1 and p == 0:  # all have read what the tile before this one needed
                         fetch(
-                            s_in, 0, p_offsets, p_g, p_before, p_first, p_y, 0, 0, s, T, b, B, o_gn + tile * N, o_gu, H, ROW_O
+                            s_in, 0, p_offsets, p_g, p_before, p_first, p_y, 0, 0, s, T, backwards, B,
+                            o_gn + tile * N, o_gu, H, ROW_O,
                         )  # fmt: skip
                     if p + 1 < PIECES:
                         o_row = gl.minimum(o_cn + tile * N, rows_old - 1) * ROW_G
@@ -476,7 +477,7 @@ def staged_backward_kernel(
                         if p_offsets is None:
                             prefetch((p_new + gl.minimum(AHEAD, T - 1 - s) * stride_gt + o_line).to(gl.int64))
                         else:
-                            rows_f = first_row(p_offsets, s + AHEAD, T, b) - first_row(p_offsets, s, T, b)
+                            rows_f = first_row(p_offsets, s + AHEAD, T, backwards) - first_row(p_offsets, s, T, backwards)
                             prefetch((p_new + rows_f * ROW_G + o_line).to(gl.int64))
                     b_sums = (
                         b_sums[0] + sum_rows(b_dhn, ROWS), b_sums[1] + sum_rows(b_dr, ROWS),
@@ -490,14 +491,14 @@ def staged_backward_kernel(
                     b_new_carries = b_new_carries + (b_carry,)
                 if TILES == 1:
                     fetch(
-                        s_in, slot, p_offsets, p_g, p_before, p_first, p_y, 2 * stride_gt, 2 * stride_ot, s + 2, T, b, B,
-                        o_gn, o_gu, H, ROW_O,
+                        s_in, slot, p_offsets, p_g, p_before, p_first, p_y,
+                        2 * stride_gt, 2 * stride_ot, s + 2, T, backwards, B, o_gn, o_gu, H, ROW_O,
                     )  # fmt: skip
                 elif SLOTS > 1:
                     ends = tile + 2 >= pairs * PAIR
                     fetch(
                         s_in, slot, p_offsets, p_g, p_before, p_first, p_y,
-                        gl.where(ends, stride_gt, 0), gl.where(ends, stride_ot, 0), s + ends.to(gl.int32), T, b, B,
+                        gl.where(ends, stride_gt, 0), gl.where(ends, stride_ot, 0), s + ends.to(gl.int32), T, backwards, B,
                         o_gn + gl.where(ends, j, tile + 2) * N, o_gu, H, ROW_O,
                     )  # fmt: skip
             b_carries = b_new_carries
