@@ -97,6 +97,8 @@ class Pointer:
         self.dtype = SimpleNamespace(element_ty=DType(dtype))
 
     def __add__(self, offset):
+        if isinstance(offset, torch.Tensor):
+            offset = offset.long()  # offsets may have 32 bits, addresses have not
         return Pointer(self.address + offset * self.element.itemsize, self.element)
 
     def __sub__(self, offset):
@@ -139,6 +141,12 @@ def read(p: Pointer, mask=True, other=0.0) -> Block:
     for flat, begin, here in parts(p, address, mask):
         values[here] = flat[(address[here] - begin) // p.element.itemsize]
     return values.as_subclass(Block)
+
+
+def load(p: Pointer, mask=True, other=0.0):
+    """A block, or a number that a program then calculates with."""
+    values = read(p, mask, other)
+    return values if values.dim() or values.is_floating_point() else Scalar(values)
 
 
 def write(p: Pointer, value, mask=True):
@@ -270,7 +278,7 @@ def stand_in() -> ModuleType:
     gl.arange = lambda start, end, layout: block(torch.arange(start, end))
     gl.expand_dims = lambda x, axis: x.unsqueeze(axis)
     gl.zeros = lambda shape, dtype, layout: full(shape, 0, dtype)
-    gl.full, gl.where, gl.minimum, gl.load, gl.store = full, where, minimum, read, write
+    gl.full, gl.where, gl.minimum, gl.load, gl.store = full, where, minimum, load, write
     gl.sum = lambda x, axis: x.sum(axis)
     gl.convert_layout = lambda x, layout: x
     gl.allocate_shared_memory = allocate_shared

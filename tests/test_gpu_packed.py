@@ -1,4 +1,4 @@
-"""Packed sequences where a GPU is needed: cuDNN behind the op, compiled models, CUDA graphs; against torch's own calls."""
+"""Packed sequences where a GPU is needed: cuDNN and kernels behind the op, compiled models, CUDA graphs; against torch."""
 
 import copy
 import warnings
@@ -13,7 +13,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import torch_gru_fuse
 import torch_gru_fuse.functional as fused
-from torch_gru_fuse.ops import cudnn_path, torch_path
+from torch_gru_fuse.ops import cudnn_path, packed_path, torch_path, whole_path
+from torch_gru_fuse.ops.call import PackedCall
 
 pytestmark = [
     pytest.mark.gpu,
@@ -244,3 +245,154 @@ def test_dropout_between_layers_in_training():
             torch.manual_seed(seed)
             results.append(compiled(*args)[0])
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+
+
+# ---- kernels of whole sequences -----------------------------------------------------------------------------------------
+
+WHOLE = [
+    {"lengths": tuple(range(40, 0, -1)), "I": 24, "H": 256, "L": 2},
+    {"lengths": (50, 50, 33, 20, 20, 7, 1), "I": 48, "H": 128, "L": 2, "bidirectional": True},
+    {"lengths": (64,) * 9, "I": 16, "H": 64, "L": 3},
+    {"lengths": (70, *[3] * 20, 1), "I": 33, "H": 256, "L": 3, "bidirectional": True},
+    {"lengths": (33, 12), "I": 16, "H": 512, "L": 2, "bias": False},
+    {"lengths": (20, 20, 9), "I": 8, "H": 32, "L": 1},
+    {"lengths": (1, 1, 1), "I": 16, "H": 256, "L": 2},
+    {"lengths": tuple(1 + n // 8 for n in range(300, 0, -1)), "I": 16, "H": 256, "L": 1},  # several tiles a program
+    {"lengths": tuple(1 + n // 40 for n in range(700, 0, -1)), "I": 16, "H": 256, "L": 1, "bidirectional": True},
+    {"lengths": tuple(range(60, 0, -1)), "I": 16, "H": 512, "L": 1},
+]
+HALF_BITS = {"tf32": 2**-11, "float16": 2**-11, "bfloat16": 2**-8}
+
+
+@pytest.fixture(params=HALF_BITS)
+def whole(request, monkeypatch):
+    """(dtype, rounding) with torch's flags set, and our kernels forced."""
+    monkeypatch.setenv("TORCH_GRU_FUSE_KERNELS", "triton")
+    dtype = torch.float32 if request.param == "tf32" else getattr(torch, request.param)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        yield dtype, HALF_BITS[request.param]
+    torch_gru_fuse.check_errors()
+
+
+def kernel_of(args, training):
+    data, sizes, hx, params, bias, L, _, _, bidirectional = args
+    return packed_path.plan_of(PackedCall(data, sizes, hx, params, bias, L, bidirectional, None), training=training).kernel
+
+
+def in_float64(args):
+    data, sizes, hx, params, *flags = args
+    tensors = [t.detach().double().cpu().requires_grad_() for t in (data, hx, *params)]
+    return value_and_grads(fused.gru_packed, (tensors[0], sizes, tensors[1], tensors[2:], *flags), tensors)
+
+
+def rms(actual, expected):
+    return [(a.double().cpu() - e).square().mean().sqrt().item() / max(1.0, e.abs().max().item())
+            for a, e in zip(actual, expected, strict=True)]  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", WHOLE, ids=str)
+def test_kernels_are_as_exact_as_cudnn(whole, variant, nan_filled_empty):
+    """Outputs and all gradients; the same bits again, and without gradients."""
+    dtype, rounding = whole
+    args = args_of(dtype=dtype, **variant)
+    assert kernel_of(args, True) == kernel_of(args, False) == "whole"
+    inputs = differentiated(args)
+    exact = in_float64(args)
+    ours, theirs = (value_and_grads(f, args, inputs) for f in (fused.gru_packed, torch.gru))
+    for i, (own, cudnn) in enumerate(zip(rms(ours, exact), rms(theirs, exact), strict=True)):
+        assert own <= 2 * cudnn + 2 * rounding, f"result {i}: {own:.1e}, cuDNN's {cudnn:.1e}"
+    again = value_and_grads(fused.gru_packed, args, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(fused.gru_packed(*args), ours[:2], strict=True))
+
+
+def test_kernels_recompute(whole):
+    dtype, _ = whole
+    args = args_of(dtype=dtype, **WHOLE[0])
+    inputs = differentiated(args)
+    kept, made_again = (
+        value_and_grads(lambda *a, r=r: fused.gru_packed(*a, recompute=r), args, inputs) for r in (False, True)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(kept, made_again, strict=True))
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_dropout_between_layers_in_kernels(whole, bidirectional):
+    dtype, rounding = whole
+    data, sizes, hx, params, bias, L, *_ = args_of(
+        dtype=dtype, lengths=(30, 30, 17, 9, 1), I=16, H=256, L=3, bidirectional=bidirectional
+    )
+    masks = torch.bernoulli(torch.full((2, data.shape[0], 256 * (1 + bidirectional)), 0.5)) * 2
+
+    def run(tensors):
+        placed = masks.to(tensors[0])
+        return value_and_grads(
+            lambda data, hx, params: ops.gru_packed_forward(data, sizes, hx, params, bias, L, bidirectional, placed, True)[:2],
+            (*tensors[:2], tensors[2:]), tensors,
+        )  # fmt: skip
+
+    tensors = (data, hx, *params)
+    exact = run([t.detach().double().cpu().requires_grad_() for t in tensors])
+    assert max(rms(run(tensors), exact)) <= 16 * rounding
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_not_finite_in_one_sequence_stays_there(whole, value, bidirectional):
+    dtype, _ = whole
+    args = args_of(dtype=dtype, lengths=(20, 18, 18, 5, 1), I=16, H=256, bidirectional=bidirectional, requires_grad=False)
+    data, sizes, hx, *rest = args
+    finite = fused.gru_packed(*args)
+    for b in (0, 2, 4):
+        spoiled = hx.clone()
+        spoiled[:, b, 3] = value
+        output, h_n = fused.gru_packed(data, sizes, spoiled, *rest)
+        own = torch.cat([torch.arange(n) == b for n in sizes.tolist()])
+        others = [i for i in range(5) if i != b]
+        assert torch.equal(output[~own], finite[0][~own]) and torch.equal(h_n[:, others], finite[1][:, others])
+        assert not output[own].isfinite().all()
+
+
+def test_nothing_waits_for_the_gpu_with_kernels(whole):
+    dtype, _ = whole
+    args = args_of(dtype=dtype, **WHOLE[1])
+    inputs = differentiated(args)
+
+    def train():
+        output, h_n = fused.gru_packed(*args)
+        torch.autograd.grad(output.sum() + h_n.sum(), inputs)
+
+    train()
+    assert synchronizations(train) == 0
+
+
+def test_other_lengths_at_once(whole):
+    """Lengths are copied without waiting: that of a call must not be those of the next."""
+    dtype, rounding = whole
+    calls = [args_of(dtype=dtype, lengths=(n, n // 2 + 1, 3), I=16, H=256, L=1, requires_grad=False) for n in range(20, 60)]
+    results = [fused.gru_packed(*args) for args in calls]
+    for args, ours in zip(calls, results, strict=True):
+        assert_same(ours, torch.gru(*args), 16 * rounding)
+
+
+def test_a_packed_wait_that_runs_out_is_an_error(whole, monkeypatch):
+    dtype, _ = whole
+    args = args_of(dtype=dtype, lengths=(30, 12), I=16, H=256, requires_grad=False)
+    expected = fused.gru_packed(*args)
+    monkeypatch.setenv("TORCH_GRU_FUSE_TIMEOUT_S", "0.05")
+    monkeypatch.setattr(whole_path, "missing_programs", 1)
+    fused.gru_packed(*args)
+    with pytest.raises(RuntimeError, match="torch_gru_fuse.gru_packed: the wavefront kernel gave up"):
+        torch_gru_fuse.check_errors()
+    monkeypatch.setattr(whole_path, "missing_programs", 0)
+    assert all(torch.equal(a, b) for a, b in zip(fused.gru_packed(*args), expected, strict=True))
+
+
+def test_settings_choose_the_kernel(monkeypatch):
+    args = args_of(dtype=torch.float16, lengths=(300, 200, 100), I=16, H=256)
+    for value, kernel in (("auto", "torch"), ("triton", "whole"), ("torch", "torch")):
+        monkeypatch.setenv("TORCH_GRU_FUSE_KERNELS", value)
+        assert kernel_of(args, False) == kernel_of(args, True) == kernel
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        assert kernel_of(args_of(dtype=torch.float32, lengths=(300, 200), I=16, H=256), True) == "torch"

@@ -1,5 +1,6 @@
 """Plans are values: pure, hashable, with a reason, made without Triton and without a GPU."""
 
+import re
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, replace
@@ -8,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from torch_gru_fuse.planner import plan as plan_module
-from torch_gru_fuse.planner.gpus import GPUS
-from torch_gru_fuse.planner.plan import plan_gru, plan_gru_cell, uses_tf32, whole_sequence_is_faster
+from torch_gru_fuse.planner.gpus import GPUS, gpu_named
+from torch_gru_fuse.planner.plan import plan_gru, plan_gru_cell, plan_gru_packed, uses_tf32, whole_sequence_is_faster
 from torch_gru_fuse.planner.projection import projection_tile
 from torch_gru_fuse.planner.tiles import Tile
 from torch_gru_fuse.planner.whole_sequence import WholeSequencePlan
@@ -225,3 +226,46 @@ print(sorted({"torch", "triton"} & set(sys.modules)))
     folder = Path(__file__).parents[1] / "torch_gru_fuse"
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# ---- packed sequences ---------------------------------------------------------------------------------------------------
+
+
+def packed(T=512, B=32, H=256, L=2, D=1, dtype="torch.float16", **options):
+    options = {"tf32_allowed": True, "training": False, "gpu": gpu_named("h100")} | options
+    return plan_gru_packed(T, B, 64, H, L, D, dtype, **options)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", ["torch.float16", "torch.bfloat16", "torch.float32"])
+@pytest.mark.parametrize(
+    "sizes", [{}, {"B": 64, "H": 128, "D": 2}, {"B": 10, "L": 6}, {"B": 64, "H": 64}, {"B": 1}, {"B": 256}], ids=str
+)
+def test_packed_sequences_run_in_one_launch_if_asked_for(sizes, dtype, training, choose):
+    chosen = packed(**sizes, dtype=dtype, training=training)
+    assert chosen.kernel == "torch" and "not measured on a GPU yet; TORCH_GRU_FUSE_KERNELS=triton" in chosen.reason
+    choose("triton")
+    chosen = packed(**sizes, dtype=dtype, training=training)
+    assert chosen.kernel == "whole" and chosen.reason == "asked for" and (chosen.backward is not None) == training
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"unsupported": "the kernels need a CUDA device"}, "need a CUDA device"),
+        ({"H": 100}, "H = 100: packed sequences need a multiple of 16"),
+        ({"dtype": "torch.float32", "tf32_allowed": False}, "need TF32"),
+        ({"gpu": None}, "no GPU"),
+        ({"B": 4096, "H": 2048}, "weights do not fit"),
+    ],
+)
+def test_why_packed_sequences_stay_with_cudnn(options, reason, choose):
+    choose("triton")
+    chosen = packed(**options)
+    assert chosen.kernel == "torch" and re.search(reason, chosen.reason)
+
+
+def test_settings_decide_for_packed_sequences(choose):
+    for value, kernel in (("triton", "whole"), ("torch", "torch"), ("step", "torch"), ("auto", "torch")):
+        choose(value)
+        assert packed(T=4).kernel == kernel

@@ -817,6 +817,13 @@ def known_equal(left: Any, right: Any) -> bool:
     return bool(statically_known_true(left == right))
 
 
+def depends_on_data(size: Any) -> bool:
+    """Whether a size of a graph is known only when the graph runs."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    return not isinstance(size, int) and bool(free_unbacked_symbols(size))
+
+
 def storage_key(tensor: Tensor) -> int:
     """A number that two tensors share exactly while they share memory; fake tensors too, and those of `torch.func`.
 

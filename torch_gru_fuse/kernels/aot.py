@@ -237,13 +237,16 @@ def compile_whole_sequence(
     bias: bool = True,
     save_gates: bool = False,
     masked: bool = False,
+    packed: bool = False,
     capability: int = 89,
 ) -> Resources:
     """One launch of a plan: a stack, a layer, if ``reverse`` both directions of one, or a ``pair``.
 
-    hidden: any; it is padded as there.  masked: with dropout.  steps, batch: not part of the code.
+    hidden: any; it is padded as there.  masked: with dropout.  packed: of packed sequences.  steps, batch: not part of the
+    code.
     """
     new = functools.partial(torch.empty, dtype=dtype, device="meta")
+    rows = (steps * batch,) if packed else (steps, batch)
     lanes, padded = plan.lanes, -(-hidden // 16) * 16
     stack = lanes > 1 and not reverse and pair is None
     two = () if pair is None else (2,)
@@ -254,18 +257,19 @@ def compile_whole_sequence(
         "staged": (staged.staged_launch, staged.staged_kernel),
     }[plan.kernel.name]
     w, b = new(3 * padded, padded), new(3 * padded)
-    below = new(lanes - 1, steps, batch, padded) if stack else None
+    below = new(lanes - 1, *rows, padded) if stack else None
     if plan.kernel.name == "staged" and plan.kernel.ring:
         below = new(2, plan.kernel.ring_rows(batch), lanes * padded)
     _, arguments = launch(
-        new(*((2,) if reverse else two), steps, batch, 3 * padded),
+        new(*((2,) if reverse else two), *rows, 3 * padded),
         new(batch, 2 * padded) if reverse and not resident_plan else new(lanes, batch, padded),
         below,
         [w] * (lanes - 1 if stack else 0), [w] * lanes, [b] * lanes if bias else None, [b] * lanes if bias else None,
-        new(*two, steps, batch, (2 if reverse else 1) * padded), new(lanes, batch, padded),
-        new(lanes, steps, batch, 4, padded) if save_gates else None,
+        new(*two, *rows, (2 if reverse else 1) * padded), new(lanes, batch, padded),
+        new(lanes, *rows, 4, padded) if save_gates else None,
         new(4, dtype=torch.int64), plan=plan.kernel, units=hidden, pair=pair,
-        **(dict.fromkeys(("masks", "handed"), new(lanes - 1, steps, batch, padded)) if masked else {}),
+        **(dict.fromkeys(("masks", "handed"), below) if masked else {}),
+        **({"offsets": new(steps + 1 + batch, dtype=torch.int32)} if packed else {}),
     )  # fmt: skip
     return compile_launch(kernel, arguments, capability=capability)
 
@@ -280,10 +284,12 @@ def compile_whole_sequence_backward(
     pair: int | None = None,
     steps: int = 16,
     masked: bool = False,
+    packed: bool = False,
     capability: int = 89,
 ) -> Resources:
     """One launch of a plan's backward; hidden is a multiple of 16.  steps, batch: not part of the code."""
     new = functools.partial(torch.empty, dtype=dtype, device="meta")
+    rows = (steps * batch,) if packed else (steps, batch)
     lanes = plan.lanes
     stack = lanes > 1 and not reverse and pair is None
     two = () if pair is None else (2,)
@@ -292,13 +298,14 @@ def compile_whole_sequence_backward(
         "staged": (staged_backward.staged_backward_launch, staged_backward.staged_backward_kernel),
         "wavefront": (wavefront_backward.wavefront_backward_launch, wavefront_backward.wavefront_backward_kernel),
     }[plan.kernel.name]
-    w, out, state = new(3 * hidden, hidden), new(*two, steps, batch, (2 if reverse else 1) * hidden), new(lanes, batch, hidden)
-    gates, below = new(lanes, steps, batch, 4, hidden), new(lanes - 1, steps, batch, hidden) if stack else None
+    w, out, state = new(3 * hidden, hidden), new(*two, *rows, (2 if reverse else 1) * hidden), new(lanes, batch, hidden)
+    gates, below = new(lanes, *rows, 4, hidden), new(lanes - 1, *rows, hidden) if stack else None
     programs = -(-batch // (plan.kernel.rows * getattr(plan.kernel, "tiles", 1)))
     _, arguments = launch(
         out, state, state, out, below, gates, [w] * (lanes - 1 if stack else 0), [w] * lanes, gates, state,
         new(lanes, programs, 4, hidden, dtype=torch.float32), new(4, dtype=torch.int64),
         plan=plan.kernel, pair=pair, **({"masks": below} if masked else {}),
+        **({"offsets": new(steps + 1 + batch, dtype=torch.int32)} if packed else {}),
     )  # fmt: skip
     return compile_launch(kernel, arguments, capability=capability)
 

@@ -71,6 +71,92 @@ def shared_row(s_rows, i: gl.constexpr, layout: gl.constexpr):
     return gl.expand_dims(s_rows.index(i).load(gl.SliceLayout(1, layout)), 1)
 
 
+# ---- packed sequences ---------------------------------------------------------------------------------------------------
+#
+# Rows of packed sequences lie step by step, those of a step in the order of the batch, and no step has more than the one
+# before.  ``p_offsets``, int32 [T + 1 + B], says in which row each step begins and how many rows there are, then how many
+# steps each sequence has.  None: T steps of B rows; the functions below then do nothing, and cost nothing.
+#
+# A program takes as many steps as its first row, which has the most.  ``i`` counts them in the order in which a lane takes
+# them, ``backwards`` is 1 where that is from the last to the first, else 0.
+
+
+@gluon.jit
+def in_memory(i, steps, backwards):
+    """Which step in memory the i-th of a program is that takes so many."""
+    return i + backwards * (steps - 1 - 2 * i)
+
+
+@gluon.jit
+def first_row(p_offsets, i, steps, backwards):
+    """The row in which the i-th step of a program begins, or the last step where it has fewer."""
+    return gl.load(p_offsets + in_memory(gl.minimum(i, steps - 1), steps, backwards))
+
+
+@gluon.jit
+def rows_after(p_offsets, i, steps, backwards):
+    """How many rows later, or earlier, than the i-th step of a program the next one begins; 0 where there is none."""
+    return first_row(p_offsets, i + 1, steps, backwards) - first_row(p_offsets, i, steps, backwards)
+
+
+@gluon.jit
+def rows_of(p_offsets, i, steps, backwards, B):
+    """Rows of the i-th step of a program, or of the last one: more than come before its own first one."""
+    if p_offsets is None:
+        return B
+    else:
+        p = p_offsets + in_memory(gl.minimum(i, steps - 1), steps, backwards)
+        return gl.load(p + 1) - gl.load(p)
+
+
+@gluon.jit
+def groups_of(rows, first, SIZE: gl.constexpr, MOST: gl.constexpr):
+    """Groups of SIZE rows, from the ``first`` on, that have some of so many rows; not more than MOST."""
+    return gl.minimum((rows - first + (SIZE - 1)) // SIZE, MOST)
+
+
+@gluon.jit
+def row_steps(p_lengths, o_b, steps, backwards):
+    """In which steps of a program each row takes part, for the functions below."""
+    if p_lengths is None:
+        return steps, steps, backwards
+    else:
+        return gl.load(p_lengths + o_b), steps, backwards
+
+
+@gluon.jit
+def takes_part(i, rows):
+    """By rows; the i-th step is one that the program has."""
+    return in_memory(i, rows[1], rows[2]) < rows[0]
+
+
+@gluon.jit
+def in_step(p_offsets, m, i, rows):
+    """m, of rows that take part in the i-th step."""
+    if p_offsets is None:
+        return m
+    else:
+        return m & takes_part(i, rows)
+
+
+@gluon.jit
+def if_in_step(p_offsets, yes, no, i, rows):
+    """By rows: ``yes``, of those that do not take part in the i-th step ``no``."""
+    if p_offsets is None:
+        return yes
+    else:
+        return gl.where(takes_part(i, rows), yes, no)
+
+
+@gluon.jit
+def is_step(p_offsets, i, rows):
+    """By rows: whether there is an i-th step, i > 0, and they take part in it."""
+    if p_offsets is None:
+        return i < rows[1]
+    else:
+        return (i < rows[1]) & takes_part(i, rows)
+
+
 # ---- gates ------------------------------------------------------------------------------------------------------------------
 
 
@@ -191,32 +277,47 @@ def most_registers(num_warps: int) -> int:
     return min(255, 65536 // (32 * num_warps))
 
 
-def check_launch(gi, h0, below, w_ih, w_hh, out, h_n, gates, masks=None, handed=None, pair=None) -> bool:
-    """Sizes; whether the lanes are two directions."""
-    steps, batch = out.shape[-3:-1]
-    lanes, hidden = len(w_hh), h_n.shape[2]
-    reverse = gi.dim() == 4 and pair is None
+def check_launch(
+    gi, h0, below, w_ih, w_hh, out, h_n, gates, masks=None, handed=None, pair=None, offsets=None
+) -> bool:
+    """Sizes; whether the lanes are two directions.  offsets: of packed sequences, in whose tensors rows [N] are no [T, B]."""
+    rows = out.shape[0 if pair is None else 1 : -1]
+    lanes, batch, hidden = h_n.shape
+    reverse = pair is None and gi.dim() == len(rows) + 2
+    check_offsets(offsets, rows, batch)
     assert hidden % 16 == 0  # rows are read in vectors
-    assert h_n.shape == (lanes, batch, hidden) and all(w.shape == (3 * hidden, hidden) for w in (*w_ih, *w_hh))
+    assert len(w_hh) == lanes and all(w.shape == (3 * hidden, hidden) for w in (*w_ih, *w_hh))
     if reverse:
-        assert lanes == 2 and gi.shape == (2, steps, batch, 3 * hidden)
-        assert h0.shape == (batch, 2 * hidden) and out.shape == (steps, batch, 2 * hidden)
+        assert lanes == 2 and gi.shape == (2, *rows, 3 * hidden)
+        assert h0.shape == (batch, 2 * hidden) and out.shape == (*rows, 2 * hidden)
     elif pair is not None:
-        assert lanes == 2 and pair in range(4) and gi.shape == (2, steps, batch, 3 * hidden) and not w_ih and masks is None
-        assert h0.shape == (2, batch, hidden) and out.shape == (2, steps, batch, hidden)
+        assert lanes == 2 and pair in range(4) and gi.shape == (2, *rows, 3 * hidden) and not w_ih and masks is None
+        assert h0.shape == (2, batch, hidden) and out.shape == (2, *rows, hidden)
     else:
-        assert gi.shape == (steps, batch, 3 * hidden) and len(w_ih) == lanes - 1
-        assert h0.shape == (lanes, batch, hidden) and out.shape == (steps, batch, hidden)
-        assert lanes == 1 or below is not None and below.shape == (lanes - 1, steps, batch, hidden)
-    assert gates is None or gates.shape == (lanes, steps, batch, 4, hidden)
+        assert gi.shape == (*rows, 3 * hidden) and len(w_ih) == lanes - 1
+        assert h0.shape == (lanes, batch, hidden) and out.shape == (*rows, hidden)
+        assert lanes == 1 or below is not None and below.shape == (lanes - 1, *rows, hidden)
+    assert gates is None or gates.shape == (lanes, *rows, 4, hidden)
     assert (masks is None) == (handed is None)
     assert masks is None or lanes > 1 and not reverse and masks.shape == handed.shape == below.shape
     assert all(t is None or t.is_contiguous() for t in (gi, h0, below, *w_ih, *w_hh, out, h_n, gates, masks, handed))
     return reverse
 
 
+def check_offsets(offsets, rows, batch) -> None:
+    """Of packed sequences [T + 1 + B], or None; rows: (T, B), or (N,) of packed ones."""
+    assert len(rows) == (2 if offsets is None else 1)
+    assert offsets is None or offsets.dim() == 1 and offsets.shape[0] > batch + 1 and offsets.is_contiguous()
+    assert offsets is not None or rows[1] == batch
+
+
+def number_of_steps(out, batch, offsets) -> int:
+    """T."""
+    return out.shape[-3] if offsets is None else offsets.shape[0] - 1 - batch
+
+
 def launch_arguments(
-    gi, h0, below, w_ih, w_hh, b_ih, b_hh, out, h_n, gates, error, masks=None, handed=None
+    gi, h0, below, w_ih, w_hh, b_ih, b_hh, out, h_n, gates, error, masks=None, handed=None, offsets=None
 ) -> dict[str, Any]:
     """What is not constant; places that are not used hold pointers of the right kind."""
     return dict(
@@ -225,27 +326,28 @@ def launch_arguments(
         p_b_ih=None if b_ih is None else tuple(b_ih), p_b_hh=None if b_hh is None else tuple(b_hh),
         p_masks=masks, p_masked=handed,
         p_out=out, p_h_n=h_n, p_gates=out if gates is None else gates, p_error=error,
-        T=out.shape[-3], B=out.shape[-2],
+        p_offsets=offsets, T=number_of_steps(out, h_n.shape[1], offsets), B=h_n.shape[1],
     )  # fmt: skip
 
 
-def check_backward(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, pair=None) -> bool:
-    """Sizes of a backward launch; whether the lanes are two directions."""
-    steps, batch = out.shape[-3:-1]
-    lanes, _, hidden = h0.shape
+def check_backward(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, pair=None, offsets=None) -> bool:
+    """Sizes of a backward launch; whether the lanes are two directions.  offsets: as in ``check_launch``."""
+    rows = out.shape[0 if pair is None else 1 : -1]
+    lanes, batch, hidden = h0.shape
     reverse = lanes == 2 and out.shape[-1] == 2 * hidden
+    check_offsets(offsets, rows, batch)
     assert hidden % 16 == 0 and len(w_hh) == lanes
     assert pair is None or lanes == 2 and pair in range(4)
-    assert out.shape == (*([] if pair is None else [2]), steps, batch, hidden * (2 if reverse else 1))
+    assert out.shape == (*([] if pair is None else [2]), *rows, hidden * (2 if reverse else 1))
     assert dy is None or dy.shape == out.shape
     assert h0.shape == dhx.shape == (lanes, batch, hidden) and (dhn is None or dhn.shape == h0.shape)
-    assert gates.shape == d_gates.shape == (lanes, steps, batch, 4, hidden)
+    assert gates.shape == d_gates.shape == (lanes, *rows, 4, hidden)
     assert sums.shape[::2] == (lanes, 4) and sums.shape[3] == hidden
     assert all(w.shape == (3 * hidden, hidden) for w in (*w_ih, *w_hh))
     if reverse or lanes == 1 or pair is not None:
         assert not w_ih and masks is None
     else:
-        assert len(w_ih) == lanes - 1 and below is not None and below.shape == (lanes - 1, steps, batch, hidden)
+        assert len(w_ih) == lanes - 1 and below is not None and below.shape == (lanes - 1, *rows, hidden)
         assert masks is None or masks.shape == below.shape
     tensors = (dy, dhn, h0, out, below, gates, *w_ih, *w_hh, masks, d_gates, dhx, sums)
     assert all(t is None or t.is_contiguous() for t in tensors)
@@ -253,11 +355,12 @@ def check_backward(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, d
 
 
 def backward_arguments(
-    dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, error
+    dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, error, offsets=None
 ) -> dict[str, Any]:
     """What is not constant of a backward launch; places that are not used hold pointers of the right kind."""
     return dict(
         p_dy=dy, p_dhn=dhn, p_h0=h0, p_out=out, p_below=out if below is None else below, p_gates=gates,
         p_w_ih=tuple(w_ih or w_hh[:1]), p_w_hh=tuple(w_hh), p_masks=masks,
-        p_d_gates=d_gates, p_dhx=dhx, p_sums=sums, p_error=error, T=out.shape[-3], B=out.shape[-2],
+        p_d_gates=d_gates, p_dhx=dhx, p_sums=sums, p_error=error,
+        p_offsets=offsets, T=number_of_steps(out, h0.shape[1], offsets), B=h0.shape[1],
     )  # fmt: skip

@@ -26,7 +26,7 @@ def _prepare(
     p_out, p_below, p_h0, p_h_n, p_error,
     launch_id, T, B, R,
     LANES: tl.constexpr, H: tl.constexpr, HX: tl.constexpr,
-    REVERSE: tl.constexpr, FILL_OUT: tl.constexpr, STATES: tl.constexpr, RING: tl.constexpr,
+    REVERSE: tl.constexpr, FILL_OUT: tl.constexpr, STATES: tl.constexpr, RING: tl.constexpr, PACKED: tl.constexpr,
     BLOCK: tl.constexpr, STATE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One of three things, by program.
@@ -37,6 +37,8 @@ def _prepare(
     of a ring, below [2, R, LANES * H], as tf32 of epoch 1; the second place is of epoch 0, where 1 comes first.  The first
     program also writes the error block: no error yet, where the host's word is, and what to write there.
 
+    PACKED: sequences are packed, their rows [T] take the place of [T, B].
+
     Bytes: the sequences once.  Bound by memory bandwidth, or by the launch.
     """
     dtype: tl.constexpr = p_out.dtype.element_ty
@@ -46,7 +48,7 @@ def _prepare(
         tl.store(p_error + 1, p_host.to(tl.int64))
         tl.store(p_error + 2, launch_id.to(tl.int64))
 
-    rows = B.to(tl.int64)
+    rows = tl.full((), 1, tl.int64) if PACKED else B.to(tl.int64)
     out_size = T * rows * (2 * H if REVERSE else H)
     below_size = T * rows * ((LANES - 1) * H)
     out_blocks = 0
@@ -86,13 +88,13 @@ def prepare_kernel(
     p_out, p_below, p_h0, p_h_n, p_error,
     launch_id, T, B, R,
     LANES: tl.constexpr, H: tl.constexpr, HX: tl.constexpr,
-    REVERSE: tl.constexpr, FILL_OUT: tl.constexpr, STATES: tl.constexpr, RING: tl.constexpr,
+    REVERSE: tl.constexpr, FILL_OUT: tl.constexpr, STATES: tl.constexpr, RING: tl.constexpr, PACKED: tl.constexpr,
     BLOCK: tl.constexpr, STATE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program prepares one part, as ``_prepare`` says."""
     _prepare(
         tl.program_id(0), p_hx, p_host, p_out, p_below, p_h0, p_h_n, p_error, launch_id, T, B, R,
-        LANES, H, HX, REVERSE, FILL_OUT, STATES, RING, BLOCK, STATE_BLOCK,
+        LANES, H, HX, REVERSE, FILL_OUT, STATES, RING, PACKED, BLOCK, STATE_BLOCK,
     )  # fmt: skip
 
 
@@ -103,7 +105,7 @@ def project_kernel(
     p_out, p_below, p_h0, p_h_n, p_error,
     launch_id, T, B, R,
     LANES: tl.constexpr, H: tl.constexpr, HX: tl.constexpr,
-    REVERSE: tl.constexpr, FILL_OUT: tl.constexpr, STATES: tl.constexpr, RING: tl.constexpr,
+    REVERSE: tl.constexpr, FILL_OUT: tl.constexpr, STATES: tl.constexpr, RING: tl.constexpr, PACKED: tl.constexpr,
     BLOCK: tl.constexpr, STATE_BLOCK: tl.constexpr,
     I: tl.constexpr, BATCH_FIRST: tl.constexpr, TF32: tl.constexpr, PREPARE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -144,7 +146,7 @@ def project_kernel(
     elif PREPARE:
         _prepare(
             pid - tiles * len(p_w), p_hx, p_host, p_out, p_below, p_h0, p_h_n, p_error, launch_id, T, B, R,
-            LANES, H, HX, REVERSE, FILL_OUT, STATES, RING, BLOCK, STATE_BLOCK,
+            LANES, H, HX, REVERSE, FILL_OUT, STATES, RING, PACKED, BLOCK, STATE_BLOCK,
         )  # fmt: skip
 
 
@@ -152,23 +154,25 @@ _BLOCK, _STATE_BLOCK = 8192, 1024
 
 
 def prepare_constants(
-    *, lanes: int, hidden: int, inputs_hidden: int, reverse: bool, fill_out: bool, states: bool, ring: bool = False
-) -> dict[str, Any]:
+    *, lanes: int, hidden: int, inputs_hidden: int, reverse: bool, fill_out: bool, states: bool, ring: bool = False,
+    packed: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """What selects the code of ``prepare_kernel``: its constants and options."""
     return dict(
-        LANES=lanes, H=hidden, HX=inputs_hidden, REVERSE=reverse, FILL_OUT=fill_out, STATES=states, RING=ring,
+        LANES=lanes, H=hidden, HX=inputs_hidden, REVERSE=reverse, FILL_OUT=fill_out, STATES=states, RING=ring, PACKED=packed,
         BLOCK=_BLOCK, STATE_BLOCK=_STATE_BLOCK, num_warps=4,
     )  # fmt: skip
 
 
 def prepare_grid(
     *, steps: int, batch: int, rows: int, lanes: int, hidden: int, reverse: bool, fill_out: bool, states: bool,
-    ring: bool = False,
+    ring: bool = False, packed: bool = False,
 ) -> tuple[int]:  # fmt: skip
-    """Programs of ``prepare_kernel``; rows: of the ring, without one the batch."""
-    blocks = -(-steps * batch * hidden * (2 if reverse else 1) // _BLOCK) if fill_out else 0
+    """Programs of ``prepare_kernel``; steps: of packed sequences their rows; rows: of the ring, without one the batch."""
+    length = steps if packed else steps * batch
+    blocks = -(-length * hidden * (2 if reverse else 1) // _BLOCK) if fill_out else 0
     if not reverse:
-        blocks += -(-(lanes - 1) * steps * batch * hidden // _BLOCK)
+        blocks += -(-(lanes - 1) * length * hidden // _BLOCK)
     return (max(1, blocks + (-(-lanes * rows * hidden // _STATE_BLOCK) if states else 0)),)
 
 
@@ -206,11 +210,14 @@ def prepare_launch(
 
     hx: [lanes, B, any H].  host: a word of the host, int32, that the GPU can write to, and launch_id, not 0, what it writes
     there when a wait runs out.  out, below, h0, h_n, error: as ``wavefront_launch`` takes them; h0 None: the kernel takes hx
-    itself.  fill_out: whether out is polled.  ring: below is the ring of ``staged``, [2, rows, lanes * H].
+    itself.  fill_out: whether out is polled.  ring: below is the ring of ``staged``, [2, rows, lanes * H].  Sequences of two
+    dimensions, and below of three, are packed.
     """
     lanes, batch, hidden = h_n.shape
     rows = below.shape[1] if ring else batch
-    sizes = dict(lanes=lanes, hidden=hidden, reverse=reverse, fill_out=fill_out, states=h0 is not None, ring=ring)
+    sizes = dict(
+        lanes=lanes, hidden=hidden, reverse=reverse, fill_out=fill_out, states=h0 is not None, ring=ring, packed=out.dim() == 2
+    )
     assert hx.shape[:2] == (lanes, batch) and hx.shape[2] <= hidden and hidden % 16 == 0
     assert all(t is None or t.is_contiguous() for t in (hx, out, below, h0, h_n, error))
     arguments = dict(

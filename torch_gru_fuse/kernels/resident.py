@@ -22,12 +22,17 @@ from .lanes import (
     barrier,
     check_launch,
     dot,
+    if_in_step,
+    in_step,
     launch_arguments,
     load_biases,
     masked,
     most_registers,
     round_operand,
     round_parameter,
+    row_steps,
+    rows_after,
+    rows_of,
     select,
     share_rows,
     shared_row,
@@ -82,7 +87,7 @@ def save_step(p_save, b_r, b_z, b_n, b_hn, m, dtype: gl.constexpr, H: gl.constex
 @gluon.jit(do_not_specialize=["T", "B"])
 def resident_kernel(
     p_gi, p_h0, p_below, p_w_ih, p_w_hh, p_b_ih, p_b_hh, p_masks, p_masked,
-    p_out, p_h_n, p_gates, p_error,
+    p_out, p_h_n, p_gates, p_error, p_offsets,
     T, B,
     LANES: gl.constexpr, H: gl.constexpr, HX: gl.constexpr,
     U: gl.constexpr, N: gl.constexpr,
@@ -91,7 +96,7 @@ def resident_kernel(
     num_warps: gl.constexpr,
 ):  # fmt: skip
     """All T steps of one lane for N batch rows; equations, arguments and what is saved are those of ``wavefront_kernel``, but
-    p_h0 is [lanes, B, H] throughout and may hold anything.
+    p_h0 is [lanes, B, H] throughout and may hold anything.  Packed sequences, too, are as there.
 
     Each warp makes r, z and n of 16 (or more) units from all of h, so the gates of a unit meet in one thread.  gi comes by
     asynchronous copies three steps ahead; h_t leaves, in vectors, during the step after it.  EARLY: reads x of the next step
@@ -122,9 +127,18 @@ def resident_kernel(
     i_b = pid % PROGRAMS_B
     l = pid // PROGRAMS_B
 
-    # Where the lane's first step reads and writes, and how far it is to the next.
+    # Where the lane's first step reads and writes, and how far it is to the next; ``steps`` are rows of all steps, and ``last``
+    # is the first row of the last one.
     rows = gl.cast(B, gl.int64)
     steps = T * rows
+    last = steps - B
+    backwards = l if REVERSE else 0
+    p_lengths = p_offsets
+    if p_offsets is not None:
+        p_lengths += T + 1
+        steps = gl.cast(gl.load(p_offsets + T), gl.int64)
+        T = gl.load(p_lengths + i_b * N)
+        last = gl.cast(gl.load(p_offsets + (T - 1)), gl.int64)
     stride_ht = B * ROW_H
     stride_gt = B * ROW_G
     stride_st = B * (4 * H)
@@ -133,10 +147,10 @@ def resident_kernel(
     p_mask = p_masks
     p_hand = p_masked
     if REVERSE:
-        p_seq += l * (H + (steps - B) * ROW_H)
-        p_gi += l * ((2 * steps - B) * ROW_G)
+        p_seq += l * (H + last * ROW_H)
+        p_gi += l * ((steps + last) * ROW_G)
         if SAVE_GATES:
-            p_save += l * ((2 * steps - B) * (4 * H))
+            p_save += l * ((steps + last) * (4 * H))
         sign = 1 - 2 * l
         stride_ht *= sign
         stride_gt *= sign
@@ -159,6 +173,8 @@ def resident_kernel(
             p_hand += gl.minimum(l, LANES - 2) * (steps * H)
         if SAVE_GATES:
             p_save += l * (steps * (4 * H))
+    if p_offsets is not None:
+        stride_ht = rows_after(p_offsets, 0, T, backwards) * ROW_H
 
     p_w = select(p_w_hh, l)
     b_wr = load_weights(p_w, H, U, left_h)
@@ -185,12 +201,14 @@ def resident_kernel(
     s_hs = (s_h0, s_h1)
     s_h0.permute([1, 0]).store(b_h.to(dtype))
     p_save += o_b * (4 * H) + o_u
+    steps_b = row_steps(p_lengths, gl.minimum(o_b, B - 1), T, backwards)
 
     # Vectors [batch, units] to and from global memory.
     o_cu = gl.expand_dims(gl.arange(0, U, gl.SliceLayout(0, copy)), 0)
     o_cb = i_b * N + gl.expand_dims(gl.arange(0, N, gl.SliceLayout(1, copy)), 1)
     m_c = (o_cu < H) & (o_cb < B)
     o_c = o_cb * ROW_H + o_cu
+    steps_c = row_steps(p_lengths, gl.minimum(o_cb, B - 1), T, backwards)
     p_new = p_seq - stride_ht + o_c
     m_m = m_c & (l < LANES - 1)
     if p_masks is not None:
@@ -209,19 +227,30 @@ def resident_kernel(
         p_handed = p_below
         if p_masks is not None:
             p_handed = p_masked
-        p_x = p_handed + (l - 1) * (steps * H) + (o_k + gl.minimum(o_n, B - 1) * ROW_H)
+        p_from = p_handed + (l - 1) * (steps * H)
+        p_x = p_from + (o_k + gl.minimum(o_n, B - 1) * ROW_H)
         b_x = issue(p_x, PACK // KW, 1, KW * BYTES, PACK)
         for t in range(0, T, 2):
             for i in gl.static_range(2):
                 if t + i < T:
+                    if p_offsets is not None:
+                        stride_ht = rows_after(p_offsets, gl.maximum(t + i - 1, 0), T, backwards) * ROW_H
+                        stride_xt = rows_after(p_offsets, t + i, T, backwards) * ROW_H
+                        stride_st = stride_xt * 4
                     if p_masks is not None:
-                        b_mask = gl.load(p_mask, mask=m_m & (t + i > 0), other=0.0)
+                        m_mt = in_step(p_offsets, m_m & (t + i > 0), t + i - 1, steps_c)
+                        b_mask = gl.load(p_mask, mask=m_mt, other=0.0)
                     b_x = settle(b_x, p_x, p_error, PACK // KW, 1, KW * BYTES, PACK, TIMEOUT)
                     b_x = clear_beyond(b_x, m_k, U == H)
                     b_ar = dot(b_vr, b_x, b_bias_r)
                     b_az = dot(b_vz, b_x, b_bias_z)
                     b_an = dot(b_vn, b_x, b_bias_n)
-                    p_x += gl.where(t + i + 1 < T, stride_ht, 0)
+                    if p_offsets is None:
+                        p_x += gl.where(t + i + 1 < T, stride_ht, 0)
+                    else:
+                        p_from += stride_xt
+                        B_x = rows_of(p_offsets, t + i + 1, T, backwards, B)
+                        p_x = p_from + (o_k + gl.minimum(o_n, B_x - 1) * ROW_H)
                     if EARLY:
                         b_x = issue(p_x, PACK // KW, 1, KW * BYTES, PACK)
                     b_t = round_operand(s_hs[i].permute([1, 0]).load(right_h))
@@ -229,20 +258,22 @@ def resident_kernel(
                     b_hn = dot(b_wn, b_t, b_bias_hn)
                     b_z = sigmoid(dot(b_wz, b_t, b_az))
                     b_n = tanh(b_an + b_r * b_hn)
+                    b_old = b_h
                     b_h = b_n + b_z * (b_h - b_n)
                     b_h = gl.where(b_h == b_h, b_h, float("nan"))
                     if HX < H:
                         b_h = gl.where(o_u < HX, b_h, 0.0)
+                    b_h = if_in_step(p_offsets, b_h, b_old, t + i, steps_b)
                     s_hs[1 - i].permute([1, 0]).store(b_h.to(dtype))
                     b_before = s_hs[i].load(copy)  # the state before this step
-                    gl.store(p_new, b_before, mask=m_c & (t + i > 0))
+                    gl.store(p_new, b_before, mask=in_step(p_offsets, m_c & (t + i > 0), t + i - 1, steps_c))
                     p_new += stride_ht
                     if p_masks is not None:
-                        gl.store(p_hand, masked(b_before, b_mask), mask=m_m & (t + i > 0))
+                        gl.store(p_hand, masked(b_before, b_mask), mask=m_mt)
                         p_mask += stride_ht
                         p_hand += stride_ht
                     if SAVE_GATES:
-                        save_step(p_save, b_r, b_z, b_n, b_hn, m, dtype, H)
+                        save_step(p_save, b_r, b_z, b_n, b_hn, in_step(p_offsets, m, t + i, steps_b), dtype, H)
                         p_save += stride_st
                     if not EARLY:
                         b_x = issue(p_x, PACK // KW, 1, KW * BYTES, PACK)
@@ -257,16 +288,23 @@ def resident_kernel(
         s_gis = (s_gi0, s_gi1, s_gi2, s_gi3)
         p_g = p_gi + o_cb * ROW_G + o_cu
         for i in gl.static_range(3):
-            fetch(s_gis[i], p_g, m_c & (i < T), H)
+            fetch(s_gis[i], p_g, in_step(p_offsets, m_c & (i < T), i, steps_c), H)
+            if p_offsets is not None:
+                stride_gt = rows_after(p_offsets, i, T, backwards) * ROW_G
             p_g += stride_gt
         for t in range(0, T, 4):
             for i in gl.static_range(4):
                 if t + i < T:
+                    if p_offsets is not None:
+                        stride_ht = rows_after(p_offsets, gl.maximum(t + i - 1, 0), T, backwards) * ROW_H
+                        stride_gt = rows_after(p_offsets, t + i + 3, T, backwards) * ROW_G
+                        stride_st = rows_after(p_offsets, t + i, T, backwards) * (4 * H)
                     if p_masks is not None:
-                        b_mask = gl.load(p_mask, mask=m_m & (t + i > 0), other=0.0)
+                        m_mt = in_step(p_offsets, m_m & (t + i > 0), t + i - 1, steps_c)
+                        b_mask = gl.load(p_mask, mask=m_mt, other=0.0)
                     async_copy.wait_group(2)
                     barrier()  # gi of this step and h before it are there, gi of the step before has been read
-                    fetch(s_gis[(i + 3) % 4], p_g, m_c & (t + i + 3 < T), H)
+                    fetch(s_gis[(i + 3) % 4], p_g, in_step(p_offsets, m_c & (t + i + 3 < T), t + i + 3, steps_c), H)
                     p_g += stride_gt
                     b_t = round_operand(s_hs[i % 2].permute([1, 0]).load(right_h))
                     if SHARE_BIAS:
@@ -282,20 +320,22 @@ def resident_kernel(
                     b_r = sigmoid(b_ar + s_gis[i][0].permute([1, 0]).load(mma).to(gl.float32))
                     b_z = sigmoid(b_az + s_gis[i][1].permute([1, 0]).load(mma).to(gl.float32))
                     b_n = tanh(s_gis[i][2].permute([1, 0]).load(mma).to(gl.float32) + b_an + b_r * b_hn)
+                    b_old = b_h
                     b_h = b_n + b_z * (b_h - b_n)
                     b_h = gl.where(b_h == b_h, b_h, float("nan"))
                     if HX < H:
                         b_h = gl.where(o_u < HX, b_h, 0.0)
+                    b_h = if_in_step(p_offsets, b_h, b_old, t + i, steps_b)
                     s_hs[1 - i % 2].permute([1, 0]).store(b_h.to(dtype))
                     b_before = s_hs[i % 2].load(copy)  # the state before this step
-                    gl.store(p_new, b_before, mask=m_c & (t + i > 0))
+                    gl.store(p_new, b_before, mask=in_step(p_offsets, m_c & (t + i > 0), t + i - 1, steps_c))
                     p_new += stride_ht
                     if p_masks is not None:
-                        gl.store(p_hand, masked(b_before, b_mask), mask=m_m & (t + i > 0))
+                        gl.store(p_hand, masked(b_before, b_mask), mask=m_mt)
                         p_mask += stride_ht
                         p_hand += stride_ht
                     if SAVE_GATES:
-                        save_step(p_save, b_r, b_z, b_n, b_hn, m, dtype, H)
+                        save_step(p_save, b_r, b_z, b_n, b_hn, in_step(p_offsets, m, t + i, steps_b), dtype, H)
                         p_save += stride_st
         async_copy.wait_group(0)
     barrier()
@@ -304,9 +344,10 @@ def resident_kernel(
         b_last = s_h0.load(copy)
     else:
         b_last = s_h1.load(copy)
-    gl.store(p_new, b_last, mask=m_c)
+    gl.store(p_new, b_last, mask=in_step(p_offsets, m_c, T - 1, steps_c))
     if p_masks is not None:
-        gl.store(p_hand, masked(b_last, gl.load(p_mask, mask=m_m, other=0.0)), mask=m_m)
+        m_mt = in_step(p_offsets, m_m, T - 1, steps_c)
+        gl.store(p_hand, masked(b_last, gl.load(p_mask, mask=m_mt, other=0.0)), mask=m_mt)
 
 
 def resident_constants(
@@ -342,14 +383,15 @@ def resident_launch(
     masks: Tensor | None = None,
     handed: Tensor | None = None,
     pair: int | None = None,
+    offsets: Tensor | None = None,
     timeout_ns: int = 10_000_000_000,
 ) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and arguments of ``resident_kernel``; the tensors are those of ``wavefront_launch``, h0 is [lanes, B, H]."""
     lanes, (batch, hidden) = len(w_hh), h_n.shape[1:]
     assert h0.shape == h_n.shape and h0.is_contiguous()
-    reverse = gi.dim() == 4 and pair is None
-    check_launch(gi, h0.view(batch, -1) if reverse else h0, below, w_ih, w_hh, out, h_n, gates, masks, handed, pair)
-    arguments = launch_arguments(gi, h0, below, w_ih, w_hh, b_ih, b_hh, out, h_n, gates, error, masks, handed)
+    reverse = pair is None and gi.dim() == out.dim() + 1
+    check_launch(gi, h0.view(batch, -1) if reverse else h0, below, w_ih, w_hh, out, h_n, gates, masks, handed, pair, offsets)
+    arguments = launch_arguments(gi, h0, below, w_ih, w_hh, b_ih, b_hh, out, h_n, gates, error, masks, handed, offsets)
     arguments |= resident_constants(
         plan, lanes=lanes, hidden=hidden, units=units or hidden, reverse=reverse, save_gates=gates is not None,
         timeout_ns=timeout_ns, pair=pair,

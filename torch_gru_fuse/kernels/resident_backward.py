@@ -31,10 +31,15 @@ from .lanes import (
     check_backward,
     dot,
     gate_factors,
+    if_in_step,
+    in_step,
+    is_step,
     masked,
     most_registers,
     round_operand,
     round_parameter,
+    row_steps,
+    rows_after,
     select,
     walks_back,
     without_pattern,
@@ -201,9 +206,27 @@ def receive(b, p, p_error, COUNT: gl.constexpr, LENGTH: gl.constexpr, TIMEOUT: g
 
 
 @gluon.jit
+def distance(p_offsets, i, T, backwards, stride):
+    """From the i-th step to the next; stride: of a step, of packed sequences of a row."""
+    if p_offsets is None:
+        return stride
+    else:
+        return rows_after(p_offsets, i, T, backwards) * stride
+
+
+@gluon.jit
+def before(p_offsets, i, T, p_h0, p_h, rows):
+    """Where the state before the i-th step is: before the first in time p_h0; rows: of ``row_steps``."""
+    if p_offsets is None:
+        return gl.where(i + 1 == T, p_h0, p_h)
+    else:
+        return gl.where(is_step(p_offsets, i + 1, rows), p_h, p_h0)
+
+
+@gluon.jit
 def step(
     i: gl.constexpr, t, T,
-    p_g, p_h, p_h0, p_y, p_d, p_error, strides, m_g, m_h, m_d, m,
+    p_g, p_h, p_h0, p_y, p_d, p_error, p_offsets, backwards, strides, m_g, m_h, m_d, m, lives,
     weights, s_gradients, s_steps,
     carried,
     H: gl.constexpr, U: gl.constexpr, N: gl.constexpr, num_warps: gl.constexpr,
@@ -211,6 +234,9 @@ def step(
     EARLY: gl.constexpr, COPIES_Y: gl.constexpr, ABOVE: gl.constexpr, TIMEOUT: gl.constexpr,
 ):  # fmt: skip
     """Step t of T, counted from the last of the forward; i is t modulo 4.  Pointers are where it reads or writes next.
+
+    lives: ``row_steps`` of m_g, m_h, m_d and m.  A row of packed sequences that does not take part has zeros for gradients and
+    keeps dh, to which the product of the step before is still added.
 
     What a step hands on: dh without what comes through the product; what was seen of dy that another program makes; if EARLY,
     what was taken from shared memory for the next step; sums.
@@ -232,10 +258,13 @@ def step(
         b_next = ()
     b_left = (s_old[0].load(leave), s_old[1].load(leave), s_old[2].load(leave), s_old[3].load(leave))
     more = t + AHEAD < T
-    p_before = gl.where(t + (AHEAD + 1) == T, p_h0, p_h)
-    fetch(s_steps[(i + AHEAD) % 4], p_g, p_before, p_y, m_g & more, m_h & more, COPIES_Y)
+    p_before = before(p_offsets, t + AHEAD, T, p_h0, p_h, lives[1])
+    m_g = in_step(p_offsets, m_g & more, t + AHEAD, lives[0])
+    m_h = in_step(p_offsets, m_h & more, t + AHEAD, lives[1])
+    fetch(s_steps[(i + AHEAD) % 4], p_g, p_before, p_y, m_g, m_h, COPIES_Y)
+    m_d = in_step(p_offsets, m_d & (t > 0), t - 1, lives[2])
     for g in gl.static_range(4):
-        gl.store(p_d + g * H, b_left[g], mask=m_d & (t > 0))
+        gl.store(p_d + g * H, b_left[g], mask=m_d)
 
     b_z = b_taken[1].to(gl.float32)
     f_hn, f_r, f_z, f_n = gate_factors(
@@ -251,18 +280,23 @@ def step(
         p_y += gl.where(t + 3 < T, strides[0], 0)
         b_y = request(p_y, 1, LENGTH)
     b_dh += in_order(b_product, U, N, num_warps)
-    b_hn = b_dh * f_hn
-    b_r = b_dh * f_r
-    b_dz = b_dh * f_z
-    b_n = b_dh * f_n
+    b_now = if_in_step(p_offsets, b_dh, gl.zeros([U, N], gl.float32, gates), t, lives[3])
+    b_hn = b_now * f_hn
+    b_r = b_now * f_r
+    b_dz = b_now * f_z
+    b_n = b_now * f_n
     put(s_new[0], b_hn, dtype)
     put(s_new[1], b_r, dtype)
     put(s_new[2], b_dz, dtype)
     put(s_new[3], b_n, dtype)
     sums = (add_up(sums[0], b_hn, U, N), add_up(sums[1], b_r, U, N), add_up(sums[2], b_dz, U, N), add_up(sums[3], b_n, U, N))
     if COPIES_Y:
-        p_y += strides[1]
-    return p_g + strides[0], p_h + strides[1], p_y, p_d + strides[0], (b_dh * b_z, b_y, b_next, sums)
+        p_y += distance(p_offsets, t + AHEAD, T, backwards, strides[1])
+    p_g += distance(p_offsets, t + AHEAD, T, backwards, strides[0])
+    p_h += distance(p_offsets, t + AHEAD + 1, T, backwards, strides[1])
+    p_d += distance(p_offsets, gl.maximum(t - 1, 0), T, backwards, strides[0])
+    b_dh = if_in_step(p_offsets, b_dh * b_z, b_dh, t, lives[3])
+    return p_g, p_h, p_y, p_d, (b_dh, b_y, b_next, sums)
 
 
 @gluon.jit
@@ -278,12 +312,13 @@ def finish(
 
 @gluon.jit
 def all_steps(
-    p_g, p_h, p_h0, p_y, p_dhn, p_w, p_d, p_dhx, p_sums, p_error,
+    p_g, p_h, p_h0, p_y, p_dhn, p_w, p_d, p_dhx, p_sums, p_error, p_offsets, p_lengths, backwards,
     strides, l, i_b, T, B,
     H: gl.constexpr, ROW_H: gl.constexpr, U: gl.constexpr, N: gl.constexpr, num_warps: gl.constexpr,
     COPIES_Y: gl.constexpr, ABOVE: gl.constexpr, TIMEOUT: gl.constexpr,
 ):  # fmt: skip
-    """A lane.  Pointers are those of its last step; strides, of gates and of states, lead to the one before.
+    """A lane.  Pointers are those of its last step; strides, of gates and of states, lead to the one before, or, of packed
+    sequences, to the next row.
 
     COPIES_Y: dy is in memory.  ABOVE: another program makes it.
     """
@@ -314,6 +349,7 @@ def all_steps(
     o_cu = gl.expand_dims(gl.arange(0, U, gl.SliceLayout(0, copy)), 0)
     o_cb = i_b * N + gl.expand_dims(gl.arange(0, N, gl.SliceLayout(1, copy)), 1)
     m_h = (o_cu < H) & (o_cb < B)
+    steps_h = row_steps(p_lengths, gl.minimum(o_cb, B - 1), T, backwards)
     p_h0 += o_cb * H + o_cu
     p_h += o_cb * ROW_H + o_cu
     if COPIES_Y:
@@ -321,13 +357,16 @@ def all_steps(
     o_cr = gl.expand_dims(gl.arange(0, 4 * N, gl.SliceLayout(1, copy)), 1)
     o_cb = i_b * N + o_cr % N
     m_g = (o_cu < H) & (o_cb < B)
+    steps_g = row_steps(p_lengths, gl.minimum(o_cb, B - 1), T, backwards)
     p_g += o_cb * (4 * H) + (o_cr // N * H + o_cu)
 
     # Vectors to global memory, and what another program makes.
     o_lu = gl.expand_dims(gl.arange(0, U, gl.SliceLayout(0, leave)), 0)
     o_lb = i_b * N + gl.expand_dims(gl.arange(0, N, gl.SliceLayout(1, leave)), 1)
     m_d = (o_lu < H) & (o_lb < B)
-    p_d += o_lb * (4 * H) + o_lu - strides[0]  # they leave a step late
+    p_d += o_lb * (4 * H) + o_lu - distance(p_offsets, 0, T, backwards, strides[0])  # they leave a step late
+    steps_d = row_steps(p_lengths, gl.minimum(o_lb, B - 1), T, backwards)
+    lives = (steps_g, steps_h, steps_d, row_steps(p_lengths, gl.minimum(o_b, B - 1), T, backwards))
 
     s_even = allocate_gradients(dtype, U, N, shared)
     s_odd = allocate_gradients(dtype, U, N, shared)
@@ -340,11 +379,14 @@ def all_steps(
     for g in gl.static_range(3):
         s_even[g].store(gl.zeros([N, U], dtype, copy))
     for i in gl.static_range(4 if EARLY else 3):
-        fetch(s_steps[i], p_g, gl.where(i + 1 == T, p_h0, p_h), p_y, m_g & (i < T), m_h & (i < T), COPIES_Y)
-        p_g += strides[0]
-        p_h += strides[1]
+        p_before = before(p_offsets, i, T, p_h0, p_h, steps_h)
+        m_gt = in_step(p_offsets, m_g & (i < T), i, steps_g)
+        m_ht = in_step(p_offsets, m_h & (i < T), i, steps_h)
+        fetch(s_steps[i], p_g, p_before, p_y, m_gt, m_ht, COPIES_Y)
+        p_g += distance(p_offsets, i, T, backwards, strides[0])
+        p_h += distance(p_offsets, i + 1, T, backwards, strides[1])
         if COPIES_Y:
-            p_y += strides[1]
+            p_y += distance(p_offsets, i, T, backwards, strides[1])
     b_y = b_dh
     if ABOVE:
         p_y += gl.minimum(o_lb, B - 1) * (4 * H) + gl.where(o_lu < H, o_lu, o_lu % LENGTH)
@@ -363,18 +405,21 @@ def all_steps(
     for t in range(0, fours, 4):
         for i in gl.static_range(4):
             p_g, p_h, p_y, p_d, carried = step(
-                i, t + i, T, p_g, p_h, p_h0, p_y, p_d, p_error, strides, m_g, m_h, m_d, m, weights, s_gradients, s_steps,
-                carried, H, U, N, num_warps, right, leave, LENGTH, EARLY, COPIES_Y, ABOVE, TIMEOUT,
+                i, t + i, T, p_g, p_h, p_h0, p_y, p_d, p_error, p_offsets, backwards, strides, m_g, m_h, m_d, m, lives,
+                weights, s_gradients, s_steps, carried,
+                H, U, N, num_warps, right, leave, LENGTH, EARLY, COPIES_Y, ABOVE, TIMEOUT,
             )  # fmt: skip
     for i in gl.static_range(3):
         if fours + i < T:
             p_g, p_h, p_y, p_d, carried = step(
-                i, fours + i, T, p_g, p_h, p_h0, p_y, p_d, p_error, strides, m_g, m_h, m_d, m, weights, s_gradients, s_steps,
-                carried, H, U, N, num_warps, right, leave, LENGTH, EARLY, COPIES_Y, ABOVE, TIMEOUT,
+                i, fours + i, T, p_g, p_h, p_h0, p_y, p_d, p_error, p_offsets, backwards, strides, m_g, m_h, m_d, m, lives,
+                weights, s_gradients, s_steps, carried,
+                H, U, N, num_warps, right, leave, LENGTH, EARLY, COPIES_Y, ABOVE, TIMEOUT,
             )  # fmt: skip
     async_copy.wait_group(0)
     barrier()
     b_dh, b_y, b_taken, sums = carried
+    m_d = in_step(p_offsets, m_d, T - 1, steps_d)
     if T % 2 == 0:
         b_dh = finish(s_even, b_dh, p_d, m_d, weights, H, U, N, num_warps, right, leave)
     else:
@@ -483,7 +528,7 @@ def project(
 @gluon.jit(do_not_specialize=["T", "B"])
 def resident_backward_kernel(
     p_dy, p_dhn, p_h0, p_out, p_below, p_gates, p_w_ih, p_w_hh, p_masks,
-    p_d_gates, p_dhx, p_sums, p_error,
+    p_d_gates, p_dhx, p_sums, p_error, p_offsets,
     T, B,
     LANES: gl.constexpr, H: gl.constexpr,
     U: gl.constexpr, N: gl.constexpr,
@@ -500,6 +545,8 @@ def resident_backward_kernel(
     Gates, states and dy come by asynchronous copies three steps ahead; gradients leave, in vectors, during the step after
     theirs.
 
+    Packed sequences are as there, but not of a stack.
+
     Bytes a step: gates 4NH, state NH and dy NH read, gradients 4NH written; between lanes 3NH read, a mask NH, NH written.
     Bound by latency: shared memory, a chain of H products, a barrier.
     """
@@ -514,6 +561,13 @@ def resident_backward_kernel(
     rows = gl.cast(B, gl.int64)
     steps = T * rows
     last = (T - 1) * rows
+    backwards = 1 - l if REVERSE else 1
+    p_lengths = p_offsets
+    if p_offsets is not None:
+        p_lengths += T + 1
+        steps = gl.cast(gl.load(p_offsets + T), gl.int64)
+        T = gl.load(p_lengths + i_b * N)
+        last = gl.cast(gl.load(p_offsets + (T - 1)), gl.int64)
     sign = -1
     if REVERSE:
         last *= 1 - l
@@ -523,6 +577,8 @@ def resident_backward_kernel(
         last *= 1 - back
         sign = 2 * back - 1
     strides = (sign * B * (4 * H), sign * B * ROW_H)
+    if p_offsets is not None:
+        strides = (4 * H, ROW_H)
     if STACK and l >= LANES:
         o_d = ((l - LANES) * steps + last) * (4 * H)
         p_mask = p_d_gates  # not used
@@ -543,7 +599,7 @@ def resident_backward_kernel(
         p_h = p_out
         if STACK:
             p_h = gl.where(l == LANES - 1, p_out, p_below + l * (steps * H))
-        p_h += o_h + strides[1]
+        p_h += o_h + distance(p_offsets, 0, T, backwards, strides[1])
         p_y = p_d  # not used
         if p_dy is not None:
             p_y = p_dy + o_h
@@ -554,12 +610,12 @@ def resident_backward_kernel(
         p_w = select(p_w_hh, l)
         if STACK and l < LANES - 1:
             all_steps(
-                p_gates + o_d, p_h, p_first, p_d, p_last, p_w, p_d, p_dhx, p_sums, p_error,
+                p_gates + o_d, p_h, p_first, p_d, p_last, p_w, p_d, p_dhx, p_sums, p_error, p_offsets, p_lengths, backwards,
                 strides, l, i_b, T, B, H, ROW_H, U, N, num_warps, False, True, TIMEOUT,
             )  # fmt: skip
         else:
             all_steps(
-                p_gates + o_d, p_h, p_first, p_y, p_last, p_w, p_d, p_dhx, p_sums, p_error,
+                p_gates + o_d, p_h, p_first, p_y, p_last, p_w, p_d, p_dhx, p_sums, p_error, p_offsets, p_lengths, backwards,
                 strides, l, i_b, T, B, H, ROW_H, U, N, num_warps, p_dy is not None, False, TIMEOUT,
             )  # fmt: skip
 
@@ -593,14 +649,16 @@ def resident_backward_launch(
     plan: ResidentPlan,
     masks: Tensor | None = None,
     pair: int | None = None,
+    offsets: Tensor | None = None,
     timeout_ns: int = 10_000_000_000,
 ) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and arguments of ``resident_backward_kernel``; the tensors are those of ``wavefront_backward_launch``, but only a
     stack's d_gates has to be filled.  A stack of L lanes takes as many programs as 2L-1 lanes."""
     lanes, batch, hidden = h0.shape
-    reverse = check_backward(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, pair)
+    reverse = check_backward(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, pair, offsets)
+    assert offsets is None or reverse or lanes == 1
     assert sums.shape[1] == -(-batch // plan.rows)
-    arguments = backward_arguments(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, error)
+    arguments = backward_arguments(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, error, offsets)
     arguments |= resident_backward_constants(
         plan, lanes=lanes, hidden=hidden, reverse=reverse, timeout_ns=timeout_ns, pair=pair
     )

@@ -25,10 +25,13 @@ from .lanes import (
     check_launch,
     dot,
     gate_layout,
+    groups_of,
     launch_arguments,
     load_biases,
     most_registers,
     round_parameter,
+    rows_after,
+    rows_of,
     select,
     share_rows,
     shared_bases,
@@ -152,18 +155,21 @@ def load_weights(p, m, layout: gl.constexpr):
 
 
 @gluon.jit
-def rows_to_read(o_b, B, RING: gl.constexpr):
-    """Rows of states, of which there are B or, in a ring, enough for all tiles."""
+def states_at(p_offsets, p, p_first, o_b, o_k, rows, B, ROW_H: gl.constexpr, RING: gl.constexpr):
+    """Addresses of states, of which there are B rows or, in a ring, enough for all tiles.  Of packed sequences so many ``rows``
+    took part in the step before; others have the initial state."""
     if RING:
-        return o_b
+        return p + (o_b * ROW_H + o_k)
+    elif p_offsets is None:
+        return p + (gl.minimum(o_b, B - 1) * ROW_H + o_k)
     else:
-        return gl.minimum(o_b, B - 1)
+        return gl.where(o_b < rows, p, p_first) + (gl.minimum(o_b, B - 1) * ROW_H + o_k)
 
 
 @gluon.jit(do_not_specialize=["T", "B"])
 def staged_kernel(
     p_gi, p_h0, p_below, p_w_ih, p_w_hh, p_b_ih, p_b_hh, p_masks, p_masked,
-    p_out, p_h_n, p_gates, p_error,
+    p_out, p_h_n, p_gates, p_error, p_offsets,
     T, B,
     LANES: gl.constexpr, H: gl.constexpr, HX: gl.constexpr,
     U: gl.constexpr, N: gl.constexpr, TILES: gl.constexpr,
@@ -190,6 +196,10 @@ def staged_kernel(
     The fp32 states of more than two tiles are kept in shared memory.
     SHARE blocks of W_hn live in shared memory, all other weights in registers.
     Saved for the backward, if SAVE_GATES: r, z, n, hn, [lanes, T, B, 4, H].
+
+    Packed sequences: p_offsets, see ``lanes``; rows [N] of all steps take the place of [T, B], and there is no RING.  A row
+    takes part in a step that has more rows than come before it.  A program ends with its first sequence, and a pair of tiles is
+    passed over in steps in which none of its rows take part.
 
     Bytes a step and lane: each program reads the B*H states of its rows once and writes its own, gi 3BH once, gates 4BH
     written; weights none.  Bound by tensor cores (mma.sync) and shared memory where TILES > 1, else by one crossing, one
@@ -234,8 +244,14 @@ def staged_kernel(
     # Where the lane's first step reads and writes, and how far it is to the next.
     rows = gl.cast(B, gl.int64)
     steps = T * rows
+    last = steps - B
+    if p_offsets is not None:
+        p_lengths = p_offsets + (T + 1)
+        steps = gl.cast(gl.load(p_offsets + T), gl.int64)
+        T = gl.load(p_lengths + i_b * (TILES * N))
+        last = gl.cast(gl.load(p_offsets + (T - 1)), gl.int64)
     sign = 1 - 2 * l
-    first = l * (2 * steps - B)
+    first = l * (steps + last)
     if PAIRED is not None:
         back = walks_back(l, PAIRED)
         sign = 1 - 2 * back
@@ -245,7 +261,7 @@ def staged_kernel(
     stride_st = sign * B * (4 * H)
     if PAIRED is None:
         p_first = p_h0 + l * H
-        p_to = p_out + l * (H + (steps - B) * ROW_H)
+        p_to = p_out + l * (H + last * ROW_H)
     else:
         p_first = p_h0 + l * (rows * H)
         p_to = p_out + first * ROW_H
@@ -329,27 +345,40 @@ def staged_kernel(
     s_gi_z = gl.allocate_shared_memory(dtype, [2, N, U], gi_rows)
     s_gi_n = gl.allocate_shared_memory(dtype, [2, N, U], gi_rows)
     s_gi = (s_gi_r, s_gi_z, s_gi_n)
-    fetch(s_gi, 0, p_g + (o_gn * ROW_G + o_gu), (o_gu < H) & (o_gn < B), H)
+    rows_t = rows_of(p_offsets, 0, T, l, B)  # that take part in a step, and in the one before
+    rows_old = B
+    fetch(s_gi, 0, p_g + (o_gn * ROW_G + o_gu), (o_gu < H) & (o_gn < rows_t), H)
 
-    p_t = p_old + (rows_to_read(o_cn, B, RING) * ROW_H + o_first)
+    p_t = states_at(p_offsets, p_old, p_first, o_cn, o_first, rows_old, B, ROW_H, RING)
     b_t = issue(p_t, VECTORS, 1, 16, PACK)
     for t in range(T):
         epoch = (t // 2 + 1) % 2
-        for i in range(PAIRS):
+        pairs = PAIRS
+        rows_next = B
+        if p_offsets is not None:
+            rows_t = rows_of(p_offsets, t, T, l, B)
+            rows_next = rows_of(p_offsets, t + 1, T, l, B)
+            stride = rows_after(p_offsets, t, T, l)
+            stride_ot = stride * ROW_H
+            stride_gt = stride * ROW_G
+            stride_st = stride * (4 * H)
+            if CARRY:
+                pairs = groups_of(rows_t, i_b * (TILES * N), PAIR * N, PAIRS)
+        for i in range(pairs):
             b_new_hs = ()
             for j in gl.static_range(PAIR):
                 tile = i * PAIR + j
                 slot = t % 2 if PAIR == 1 else j
                 # the tile after this one, maybe of the next step
                 after = tile + 1
-                ends = after == TILES
+                ends = after == pairs * PAIR
                 after = gl.where(ends, 0, after)
                 b_ar = zero
                 b_az = zero
                 b_an = zero
                 for p in gl.static_range(PIECES):
                     if PAIR == 1 and p == 0:
-                        p_t = p_old + (rows_to_read(o_cn, B, RING) * ROW_H + o_first)
+                        p_t = states_at(p_offsets, p_old, p_first, o_cn, o_first, rows_old, B, ROW_H, RING)
                         b_t = issue(p_t, VECTORS, 1, 16, PACK)
                     if RING:
                         b_t = settle_epoch(b_t, p_t, p_error, epoch, VECTORS, 1, PACK, TIMEOUT)
@@ -363,16 +392,23 @@ def staged_kernel(
                     barrier()
                     if p == 0:  # all have read gi of the tile before this one
                         o_next = o_gn + after * N
-                        m_gi = (o_gu < H) & (o_next < B) & (t + ends.to(gl.int32) < T)
+                        rows_gi = B
+                        if p_offsets is not None:
+                            rows_gi = gl.where(ends, rows_next, rows_t)
+                        m_gi = (o_gu < H) & (o_next < rows_gi) & (t + ends.to(gl.int32) < T)
                         p_next = p_g + gl.where(ends, stride_gt, 0)
                         fetch(s_gi, 1 - slot, p_next + (o_next * ROW_G + o_gu), m_gi, H)
                     if p + 1 < PIECES:
                         o_piece = o_ck + (p + 1) * KP
                         o_piece = gl.where(o_piece < H, o_piece, o_piece % VECTOR)
-                        p_t = p_old + (rows_to_read(o_cn + tile * N, B, RING) * ROW_H + o_piece)
+                        p_t = states_at(p_offsets, p_old, p_first, o_cn + tile * N, o_piece, rows_old, B, ROW_H, RING)
                         b_t = issue(p_t, VECTORS, 1, 16, PACK)
                     elif PAIR > 1:
-                        p_t = gl.where(ends, p_new, p_old) + (rows_to_read(o_cn + after * N, B, RING) * ROW_H + o_first)
+                        p_then = gl.where(ends, p_new, p_old)
+                        rows_then = B
+                        if p_offsets is not None:
+                            rows_then = gl.where(ends, rows_t, rows_old)
+                        p_t = states_at(p_offsets, p_then, p_first, o_cn + after * N, o_first, rows_then, B, ROW_H, RING)
                         b_t = issue(p_t, VECTORS, 1, 16, PACK)
                     for f in gl.static_range(BLOCKS):
                         b_x = s_h.permute([0, 2, 1]).slice(f * KF, KF, 1).load(right)
@@ -401,12 +437,15 @@ def staged_kernel(
                     b_h = s_carry.index(tile).load(gate)
                 else:
                     b_h = b_hs[j]
+                b_before = b_h
                 b_h = b_n + b_z * (b_h - b_n)
                 b_h = gl.where(b_h == b_h, b_h, float("nan"))
                 if HX < H:
                     b_h = gl.where(o_u < HX, b_h, 0.0)
                 o_r = o_b + tile * N
-                m = m_u & (o_r < B)
+                if p_offsets is not None:
+                    b_h = gl.where(o_r < rows_t, b_h, b_before)
+                m = m_u & (o_r < rows_t)
                 if RING:
                     gl.store(p_new + (o_r * ROW_H + o_u), with_epoch(b_h, ((t + 1) // 2 + 1) % 2), mask=m_u)
                     gl.store(p_to + (o_r * ROW_H + o_u), b_h.to(dtype), mask=m)
@@ -434,6 +473,8 @@ def staged_kernel(
         p_g += stride_gt
         if SAVE_GATES:
             p_save += stride_st
+        if p_offsets is not None:
+            rows_old = rows_t
     async_copy.wait_group(0)
     p_h_n += l * rows * H
     if CARRY:
@@ -476,16 +517,18 @@ def staged_launch(
     plan: StagedPlan,
     units: int | None = None,
     pair: int | None = None,
+    offsets: Tensor | None = None,
     timeout_ns: int = 10_000_000_000,
 ) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and arguments of ``staged_kernel``: those of ``wavefront_launch``, but for stacks; below is a ring or None."""
-    reverse = check_launch(gi, h0, below, w_ih, w_hh, out, h_n, gates, pair=pair)
+    reverse = check_launch(gi, h0, below, w_ih, w_hh, out, h_n, gates, pair=pair, offsets=offsets)
     lanes, batch, hidden = h_n.shape
     if plan.ring:
+        assert offsets is None
         assert out.itemsize == 4 and below is not None and below.shape == (2, plan.ring_rows(batch), lanes * hidden)
     constants = staged_constants(
         plan, lanes=lanes, hidden=hidden, units=units or hidden, reverse=reverse, save_gates=gates is not None,
         timeout_ns=timeout_ns, pair=pair,
     )  # fmt: skip
-    arguments = launch_arguments(gi, h0, below, w_ih, w_hh, b_ih, b_hh, out, h_n, gates, error)
+    arguments = launch_arguments(gi, h0, below, w_ih, w_hh, b_ih, b_hh, out, h_n, gates, error, offsets=offsets)
     return (plan.programs(lanes, batch, hidden),), arguments | constants

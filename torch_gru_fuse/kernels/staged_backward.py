@@ -23,7 +23,11 @@ from .lanes import (
     barrier,
     check_backward,
     dot,
+    first_row,
+    groups_of,
     most_registers,
+    rows_after,
+    rows_of,
     select,
     shared_bases,
     walks_back,
@@ -120,18 +124,31 @@ def weight(b_ws, s_ws, c: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def fetch(s_in, slot, p_g, p_h, p_h0, p_dy, o_t, o_o, s, T, B, o_n, o_u, H: gl.constexpr, ROW_O: gl.constexpr):
+def fetch(
+    s_in, slot, p_offsets, p_g, p_h, p_h0, p_dy, o_t, o_o, s, T, backwards, B, o_n, o_u, H: gl.constexpr, ROW_O: gl.constexpr
+):  # fmt: skip
     """Starts to copy to shared memory what a tile's gates need at step s: r, z, n, hn, the states before, dy.
 
-    o_t, o_o: how far that step is from the pointers, for gates and for the others.  The states before the last step are at
-    p_h0, rows of H.  Zeros where there is no row, or no step.
+    o_t, o_o: how far that step is from the pointers, for gates and for the others; of packed sequences these are those of the
+    first step.  The states before the last step are at p_h0, rows of H.  Zeros where there is no row, or no step.
     """
-    m = (o_u < H) & (o_n < B) & (s < T)
+    o_h = o_o
+    rows = B
+    if p_offsets is not None:
+        row_0 = first_row(p_offsets, 0, T, backwards)
+        row = gl.cast(first_row(p_offsets, s, T, backwards) - row_0, gl.int64)
+        o_t = row * (4 * H)
+        o_o = row * ROW_O
+        o_h = gl.cast(first_row(p_offsets, s + 1, T, backwards) - row_0, gl.int64) * ROW_O
+        rows = rows_of(p_offsets, s, T, backwards, B)
+    m = (o_u < H) & (o_n < rows) & (s < T)
     last = s == T - 1
+    if p_offsets is not None:
+        last = (s + 1 >= T) | (o_n >= rows_of(p_offsets, s + 1, T, backwards, B))
     p = p_g + o_t + (o_n * (4 * H) + o_u)
     for g in gl.static_range(4):
         async_load(s_in[g].index(slot), p + g * H, mask=m)
-    async_load(s_in[4].index(slot), gl.where(last, p_h0, p_h + o_o) + (o_n * gl.where(last, H, ROW_O) + o_u), mask=m)
+    async_load(s_in[4].index(slot), gl.where(last, p_h0, p_h + o_h) + (o_n * gl.where(last, H, ROW_O) + o_u), mask=m)
     if p_dy is not None:
         async_load(s_in[5].index(slot), p_dy + o_o + (o_n * ROW_O + o_u), mask=m)
     async_copy.commit_group()
@@ -178,7 +195,7 @@ def handed(b_x, dtype: gl.constexpr):
 @gluon.jit(do_not_specialize=["T", "B"])
 def staged_backward_kernel(
     p_dy, p_dhn, p_h0, p_out, p_below, p_gates, p_w_ih, p_w_hh, p_masks,
-    p_d_gates, p_dhx, p_sums, p_error,
+    p_d_gates, p_dhx, p_sums, p_error, p_offsets,
     T, B,
     LANES: gl.constexpr, H: gl.constexpr,
     U: gl.constexpr, N: gl.constexpr, TILES: gl.constexpr,
@@ -208,6 +225,10 @@ def staged_backward_kernel(
     where there is one tile, else while the tile is multiplied, which takes half the shared memory.  dh z of more than two tiles
     is kept in shared memory, and so are the first SHARE blocks of weights; the others are in registers.
     AHEAD steps before they are due, lines of d_gates are brought to L2: the fill had pushed them out.
+
+    Packed sequences: p_offsets, see ``lanes``; rows [N] of all steps take the place of [T, B].  A row takes part in a step that
+    has more rows than come before it; before and after its steps its dh stays as it is, but for the product that follows the
+    last.  A pair of tiles is passed over in steps in which none of its rows take part, nor have in the one before.
 
     Bytes a step and lane: each program reads 3BH gate gradients of its rows and writes 4BH of its own; gates, state and dy of
     its own 6BH read; weights none.  Bound by instructions and shared memory where TILES > 1, for large H by what all programs
@@ -258,17 +279,29 @@ def staged_backward_kernel(
     # Where the lane's first step reads and writes, and how far it is to the next.
     rows = gl.cast(B, gl.int64)
     steps = T * rows
+    backwards = 1 - l
     sign = 2 * l - 1
-    first_o = l * H + (1 - l) * ((steps - B) * ROW_O)
-    first_g = (steps - B + l * rows) * ROW_G
-    if PAIRED is not None:
+    stride_ot = sign * B * ROW_O
+    stride_gt = sign * B * ROW_G
+    if p_offsets is not None:
+        p_lengths = p_offsets + (T + 1)
+        steps = gl.cast(gl.load(p_offsets + T), gl.int64)
+        T = gl.load(p_lengths + i_b * (TILES * N))
+        row_0 = gl.cast(first_row(p_offsets, 0, T, backwards), gl.int64)
+        first_o = l * H + row_0 * ROW_O
+        first_g = (l * steps + row_0) * ROW_G
+        stride_ot = 0  # `fetch` knows the way
+    elif PAIRED is None:
+        first_o = l * H + (1 - l) * ((steps - B) * ROW_O)
+        first_g = (steps - B + l * rows) * ROW_G
+    else:
         back = walks_back(l, PAIRED)
         sign = 2 * back - 1
         first = l * steps + (1 - back) * (steps - B)
         first_o = first * ROW_O
         first_g = first * ROW_G
-    stride_ot = sign * B * ROW_O
-    stride_gt = sign * B * ROW_G
+        stride_ot = sign * B * ROW_O
+        stride_gt = sign * B * ROW_G
     p_g = p_gates + first_g
     p_new = p_d_gates + first_g
     p_old = p_g  # of the step that was done before; before the first: what is there, and the product is not used
@@ -341,11 +374,11 @@ def staged_backward_kernel(
     o_gn = i_b * (TILES * N) + gl.expand_dims(gl.arange(0, N, gl.SliceLayout(1, copy_in)), 1)
     s_in = share_tiles(dtype, [SLOTS, N, U], gate_rows, 5 if p_dy is None else 6)
     if TILES == 1:
-        fetch(s_in, 0, p_g, p_before, p_first, p_y, 0, 0, 0, T, B, o_gn, o_gu, H, ROW_O)
-        fetch(s_in, 1, p_g, p_before, p_first, p_y, stride_gt, stride_ot, 1, T, B, o_gn, o_gu, H, ROW_O)
+        fetch(s_in, 0, p_offsets, p_g, p_before, p_first, p_y, 0, 0, 0, T, backwards, B, o_gn, o_gu, H, ROW_O)
+        fetch(s_in, 1, p_offsets, p_g, p_before, p_first, p_y, stride_gt, stride_ot, 1, T, backwards, B, o_gn, o_gu, H, ROW_O)
     elif SLOTS > 1:
-        fetch(s_in, 0, p_g, p_before, p_first, p_y, 0, 0, 0, T, B, o_gn, o_gu, H, ROW_O)
-        fetch(s_in, 1, p_g, p_before, p_first, p_y, 0, 0, 0, T, B, o_gn + N, o_gu, H, ROW_O)
+        fetch(s_in, 0, p_offsets, p_g, p_before, p_first, p_y, 0, 0, 0, T, backwards, B, o_gn, o_gu, H, ROW_O)
+        fetch(s_in, 1, p_offsets, p_g, p_before, p_first, p_y, 0, 0, 0, T, backwards, B, o_gn + N, o_gu, H, ROW_O)
 
     # Lines of d_gates to prefetch, one address a thread.
     LINES: gl.constexpr = max(1, U * BYTES // 128)
@@ -353,23 +386,32 @@ def staged_backward_kernel(
     o_fn = i_b * (TILES * N) + o_f % N
     o_f = o_f // N % 4 * H + gl.minimum(i_u * U + o_f // (4 * N) * (128 // BYTES), H - 1)
 
-    p_t = gates_at(p_old, gl.minimum(o_cn, B - 1) * ROW_G, o_ck, 0, GATES, H, KP, VECTOR, WHOLE)
+    rows_t = rows_of(p_offsets, 0, T, backwards, B)  # that take part in a step, and in the one before
+    rows_old = rows_t
+    p_t = gates_at(p_old, gl.minimum(o_cn, rows_old - 1) * ROW_G, o_ck, 0, GATES, H, KP, VECTOR, WHOLE)
     b_ts = issue_gates(p_t, GATES, H, VECTORS, PACK)
     barrier()  # else the loop begins with one, for what was shared before
     for s in range(T + 1):
-        for i in range(PAIRS):
+        pairs = PAIRS
+        if p_offsets is not None:
+            rows_t = rows_of(p_offsets, s, T, backwards, B)
+            stride_gt = rows_after(p_offsets, s, T, backwards) * ROW_G
+            if CARRY:
+                here = gl.where(s < T, gl.maximum(rows_t, rows_old), B)
+                pairs = groups_of(here, i_b * (TILES * N), PAIR * N, PAIRS)
+        for i in range(pairs):
             b_new_carries = ()
             for j in gl.static_range(PAIR):
                 tile = i * PAIR + j
                 slot = 0 if SLOTS == 1 else s % 2 if PAIR == 1 else j
                 # the tile after this one, maybe of the next step
                 after = tile + 1
-                ends = after == TILES
+                ends = after == pairs * PAIR
                 after = gl.where(ends, 0, after)
                 b_accs = (zero, zero, zero)
                 for p in gl.static_range(PIECES):
                     if PAIR == 1 and p == 0:
-                        p_t = gates_at(p_old, gl.minimum(o_cn, B - 1) * ROW_G, o_ck, 0, GATES, H, KP, VECTOR, WHOLE)
+                        p_t = gates_at(p_old, gl.minimum(o_cn, rows_old - 1) * ROW_G, o_ck, 0, GATES, H, KP, VECTOR, WHOLE)
                         b_ts = issue_gates(p_t, GATES, H, VECTORS, PACK)
                     b_ts = settle_gates(b_ts, p_t, p_error, H, VECTORS, PACK, NEIGHBOURS == 2, TIMEOUT)
                     s_ds = s_pieces[(j * PIECES + p) % BUFFERS]
@@ -380,13 +422,19 @@ def staged_backward_kernel(
                         async_copy.wait_group(SLOTS - 1)
                     barrier()
                     if SLOTS == 1 and p == 0:  # all have read what the tile before this one needed
-                        fetch(s_in, 0, p_g, p_before, p_first, p_y, 0, 0, s, T, B, o_gn + tile * N, o_gu, H, ROW_O)
+                        fetch(
+                            s_in, 0, p_offsets, p_g, p_before, p_first, p_y, 0, 0, s, T, backwards, B,
+                            o_gn + tile * N, o_gu, H, ROW_O,
+                        )  # fmt: skip
                     if p + 1 < PIECES:
-                        o_row = gl.minimum(o_cn + tile * N, B - 1) * ROW_G
+                        o_row = gl.minimum(o_cn + tile * N, rows_old - 1) * ROW_G
                         p_t = gates_at(p_old, o_row, o_ck, p + 1, GATES, H, KP, VECTOR, WHOLE)
                         b_ts = issue_gates(p_t, GATES, H, VECTORS, PACK)
                     elif PAIR > 1:
-                        o_row = gl.minimum(o_cn + after * N, B - 1) * ROW_G
+                        rows_then = B
+                        if p_offsets is not None:
+                            rows_then = gl.where(ends, rows_t, rows_old)
+                        o_row = gl.minimum(o_cn + after * N, rows_then - 1) * ROW_G
                         p_t = gates_at(gl.where(ends, p_new, p_old), o_row, o_ck, 0, GATES, H, KP, VECTOR, WHOLE)
                         b_ts = issue_gates(p_t, GATES, H, VECTORS, PACK)
                     for f in gl.static_range(BLOCKS):
@@ -412,21 +460,35 @@ def staged_backward_kernel(
                 b_acc = add_slices(s_sum, 0, KS, over_k, gate)
                 o_r = o_b + tile * N
                 m = m_u & (o_r < B)
-                b_dh = b_carry + gl.where(m & (s > 0), b_acc, 0.0)  # 0 where there is no row
+                m_old = m & (s > 0)
+                if p_offsets is not None:
+                    m_old = m_old & (o_r < rows_old)
+                b_dh = b_carry + gl.where(m_old, b_acc, 0.0)  # 0 where there is no row
                 if s < T:
+                    b_whole = b_dh
+                    m_t = m
+                    if p_offsets is not None:
+                        m_t = m & (o_r < rows_t)
+                        b_dh = gl.where(m_t, b_dh, 0.0)
                     if SLOTS == 1:
                         b_in = read_inputs(s_in, slot, gate)
                     if p_dy is not None:
                         b_dh += b_in[5]
                     b_dhn, b_dr, b_dz, b_dn, b_carry = gate_gradients(b_dh, b_in[0], b_in[1], b_in[2], b_in[3], b_in[4])
+                    if p_offsets is not None:
+                        b_carry = gl.where(m_t, b_carry, b_whole)
                     p_d = p_new + (o_r * ROW_G + o_u)
-                    gl.store(p_d, handed(b_dhn, dtype), mask=m)
-                    gl.store(p_d + H, handed(b_dr, dtype), mask=m)
-                    gl.store(p_d + 2 * H, handed(b_dz, dtype), mask=m)
-                    gl.store(p_d + 3 * H, b_dn.to(dtype), mask=m)
+                    gl.store(p_d, handed(b_dhn, dtype), mask=m_t)
+                    gl.store(p_d + H, handed(b_dr, dtype), mask=m_t)
+                    gl.store(p_d + 2 * H, handed(b_dz, dtype), mask=m_t)
+                    gl.store(p_d + 3 * H, b_dn.to(dtype), mask=m_t)
                     if AHEAD > 0:
                         o_line = gl.minimum(o_fn + tile * N, B - 1) * ROW_G + o_f
-                        prefetch((p_new + gl.minimum(AHEAD, T - 1 - s) * stride_gt + o_line).to(gl.int64))
+                        if p_offsets is None:
+                            prefetch((p_new + gl.minimum(AHEAD, T - 1 - s) * stride_gt + o_line).to(gl.int64))
+                        else:
+                            rows_f = first_row(p_offsets, s + AHEAD, T, backwards) - first_row(p_offsets, s, T, backwards)
+                            prefetch((p_new + rows_f * ROW_G + o_line).to(gl.int64))
                     b_sums = (
                         b_sums[0] + sum_rows(b_dhn, ROWS), b_sums[1] + sum_rows(b_dr, ROWS),
                         b_sums[2] + sum_rows(b_dz, ROWS), b_sums[3] + sum_rows(b_dn, ROWS),
@@ -439,22 +501,26 @@ def staged_backward_kernel(
                     b_new_carries = b_new_carries + (b_carry,)
                 if TILES == 1:
                     fetch(
-                        s_in, slot, p_g, p_before, p_first, p_y, 2 * stride_gt, 2 * stride_ot, s + 2, T, B,
-                        o_gn, o_gu, H, ROW_O,
+                        s_in, slot, p_offsets, p_g, p_before, p_first, p_y,
+                        2 * stride_gt, 2 * stride_ot, s + 2, T, backwards, B, o_gn, o_gu, H, ROW_O,
                     )  # fmt: skip
                 elif SLOTS > 1:
-                    ends = tile + 2 >= TILES
+                    ends = tile + 2 >= pairs * PAIR
                     fetch(
-                        s_in, slot, p_g, p_before, p_first, p_y, gl.where(ends, stride_gt, 0), gl.where(ends, stride_ot, 0),
-                        s + ends.to(gl.int32), T, B, o_gn + gl.where(ends, j, tile + 2) * N, o_gu, H, ROW_O,
+                        s_in, slot, p_offsets, p_g, p_before, p_first, p_y,
+                        gl.where(ends, stride_gt, 0), gl.where(ends, stride_ot, 0), s + ends.to(gl.int32), T, backwards, B,
+                        o_gn + gl.where(ends, j, tile + 2) * N, o_gu, H, ROW_O,
                     )  # fmt: skip
             b_carries = b_new_carries
         p_old = p_new
         p_new += gl.where(s + 1 < T, stride_gt, 0)
-        p_g += stride_gt
-        p_before += stride_ot
-        if p_dy is not None:
-            p_y += stride_ot
+        if p_offsets is None:
+            p_g += stride_gt
+            p_before += stride_ot
+            if p_dy is not None:
+                p_y += stride_ot
+        else:
+            rows_old = rows_t
     async_copy.wait_group(0)
     p_s = p_sums + ((l * PROGRAMS_B + i_b) * ROW_G + o_u1)
     for g in gl.static_range(4):
@@ -493,6 +559,7 @@ def staged_backward_launch(
     plan: StagedPlan,
     masks: Tensor | None = None,
     pair: int | None = None,
+    offsets: Tensor | None = None,
     timeout_ns: int = 10_000_000_000,
 ) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and arguments of ``staged_backward_kernel``: those of ``wavefront_backward_launch`` for one layer or a pair.
@@ -501,9 +568,9 @@ def staged_backward_launch(
     sums: float32 [lanes, -(-B // (rows * tiles)), 4, H].
     """
     lanes, batch, hidden = h0.shape
-    reverse = check_backward(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, pair)
+    reverse = check_backward(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, pair, offsets)
     assert sums.shape[1] == -(-batch // (plan.rows * plan.tiles))
-    arguments = backward_arguments(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, error)
+    arguments = backward_arguments(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, error, offsets)
     arguments |= staged_backward_constants(
         plan, lanes=lanes, hidden=hidden, reverse=reverse, timeout_ns=timeout_ns, pair=pair
     )

@@ -23,12 +23,18 @@ from .lanes import (
     barrier,
     check_launch,
     dot,
+    first_row,
     gate_layout,
+    if_in_step,
+    in_step,
     launch_arguments,
     load_biases,
     masked,
     most_registers,
     round_parameter,
+    row_steps,
+    rows_after,
+    rows_of,
     select,
     share_rows,
     shared_bases,
@@ -52,19 +58,28 @@ def _slice_length(hidden, slices):
 
 
 @gluon.jit
-def tile_of(p_x, p_h, o_s, o_k, o_n, B, ROW_H: gl.constexpr, KX: gl.constexpr):
-    """Addresses of a polled tile [slices, k, batch]: slices of x, then of h."""
-    o = o_k + gl.minimum(o_n, B - 1) * ROW_H
+def tile_of(p_offsets, p_x, p_h, o_s, o_k, o_n, B_x, B_h, ROW_H: gl.constexpr, KX: gl.constexpr):
+    """Addresses of a polled tile [slices, k, batch]: slices of x, then of h, which have so many rows; others read the last."""
+    rows = B_h
+    if KX > 0 and p_offsets is not None:
+        rows = gl.where(o_s < KX, B_x, B_h)
+    o = o_k + gl.minimum(o_n, rows - 1) * ROW_H
     if KX > 0:
         return gl.where(o_s < KX, p_x, p_h) + o
     else:
         return p_h + o
 
 
+@gluon.jit
+def strides(rows, ROW_H: gl.constexpr, H: gl.constexpr):
+    """Elements of so many rows of states, of gi, and of saved gates."""
+    return rows * ROW_H, rows * (3 * H), rows * (4 * H)
+
+
 @gluon.jit(do_not_specialize=["T", "B"])
 def wavefront_kernel(
     p_gi, p_h0, p_below, p_w_ih, p_w_hh, p_b_ih, p_b_hh, p_masks, p_masked,
-    p_out, p_h_n, p_gates, p_error,
+    p_out, p_h_n, p_gates, p_error, p_offsets,
     T, B,
     LANES: gl.constexpr, H: gl.constexpr, HX: gl.constexpr,
     U: gl.constexpr, N: gl.constexpr,
@@ -95,6 +110,10 @@ def wavefront_kernel(
     The warps: KH slices of k for h, beside them KX for the x of the next step (0: after h_t is on its way, the same warps take
     x of the next step, from a second set of weights), times MS along the units.
     Saved for the backward, if SAVE_GATES: r, z, n, hn.
+
+    Packed sequences: p_offsets, see ``lanes``; rows [N] of all steps take the place of [T, B].  A program ends with its longest
+    sequence.  Before and after the steps of a shorter one its h stays as it is, which at the end is h_n; what it polls then is
+    there in any case, the state of another row or h0, and what it makes of it is not stored.
 
     AHEAD steps before they are due, lines of gi and of states are brought to L2: the fill had pushed them out.
 
@@ -132,9 +151,18 @@ def wavefront_kernel(
     i_b = pid // PROGRAMS_U % PROGRAMS_B
     l = pid // (PROGRAMS_U * PROGRAMS_B)
 
-    # Where the lane's first step reads and writes, and how far it is to the next.
+    # Where the lane's first step reads and writes, and how far it is to the next; ``steps`` are rows of all steps, and ``last``
+    # is the first row of the last one.
     rows = gl.cast(B, gl.int64)
     steps = T * rows
+    last = steps - B
+    backwards = l if REVERSE else 0
+    p_lengths = p_offsets
+    if p_offsets is not None:
+        p_lengths += T + 1
+        steps = gl.cast(gl.load(p_offsets + T), gl.int64)
+        T = gl.load(p_lengths + i_b * N)
+        last = gl.cast(gl.load(p_offsets + (T - 1)), gl.int64)
     stride_ht = B * ROW_H
     stride_gt = B * ROW_G
     stride_st = B * (4 * H)
@@ -142,10 +170,10 @@ def wavefront_kernel(
     p_x = p_h0
     if REVERSE:
         p_h0 += l * H
-        p_seq = p_out + l * (H + (steps - B) * ROW_H)
-        p_gi += l * ((2 * steps - B) * ROW_G)
+        p_seq = p_out + l * (H + last * ROW_H)
+        p_gi += l * ((steps + last) * ROW_G)
         if SAVE_GATES:
-            p_save += l * ((2 * steps - B) * (4 * H))
+            p_save += l * ((steps + last) * (4 * H))
         sign = 1 - 2 * l
         stride_ht *= sign
         stride_gt *= sign
@@ -175,6 +203,8 @@ def wavefront_kernel(
             p_x = gl.where(l > 0, p_handed + gl.maximum(l - 1, 0) * (steps * H), p_h0)
             if SAVE_GATES:
                 p_save += l * (steps * (4 * H))
+    if p_offsets is not None:
+        stride_ht, stride_gt, stride_st = strides(rows_after(p_offsets, 0, T, backwards), ROW_H, H)
 
     # Partial sums.
     s_r = gl.allocate_shared_memory(gl.float32, [KS, U, N], banked)
@@ -223,6 +253,7 @@ def wavefront_kernel(
     m_g = m
     if STACK:
         m_g = m & (l == 0)
+    steps_b = row_steps(p_lengths, gl.minimum(o_b, B - 1), T, backwards)
 
     # The polled tile [slices, k, batch].  Rows beyond the batch read its last row, vectors beyond H the first ones.
     o_k = gl.expand_dims(gl.expand_dims(gl.arange(0, KC, gl.SliceLayout(0, gl.SliceLayout(2, right))), 0), 2)
@@ -236,7 +267,11 @@ def wavefront_kernel(
     WHOLE: gl.constexpr = KC * KH == H
     m_k = o_k < H
     o_k = gl.where(m_k, o_k, o_k % KW)
+    if REVERSE:
+        steps_n = row_steps(p_lengths, gl.minimum(o_n, B - 1), T, backwards)
     zero = gl.zeros([KS, U, N], gl.float32, mma)
+    B_x = B  # rows of the polled x, and of h
+    B_h = B
 
     # Lines to prefetch: one address a thread, of states that this program will write and of gi that it will read.
     LINES: gl.constexpr = max(1, U * BYTES // 128)
@@ -249,8 +284,12 @@ def wavefront_kernel(
     o_fh = o_fb * ROW_H + o_fu
     a_f = (p_gi + o_fb * ROW_G + o_fu + (o_fg - 1) * H).to(gl.int64)
     a_f = gl.where(o_fg == 0, (p_seq + o_fh).to(gl.int64), a_f)
-    step_f = gl.where(o_fg == 0, stride_ht, stride_gt) * BYTES
-    a_f += gl.minimum(AHEAD, T - 1) * step_f
+    if p_offsets is None:
+        step_f = gl.where(o_fg == 0, stride_ht, stride_gt) * BYTES
+        a_f += gl.minimum(AHEAD, T - 1) * step_f
+    else:
+        row_f = gl.where(o_fg == 0, ROW_H, ROW_G) * gl.cast(BYTES, gl.int64)
+        row_f0 = first_row(p_offsets, 0, T, backwards)
 
     if AFTER and l > 0:
         s_x = gl.allocate_shared_memory(gl.float32, [KS, U, N], banked)
@@ -258,20 +297,25 @@ def wavefront_kernel(
         b_vr = round_parameter(gl.load(p_v, mask=m_w, other=0.0))
         b_vz = round_parameter(gl.load(p_v + H * H, mask=m_w, other=0.0))
         b_vn = round_parameter(gl.load(p_v + 2 * H * H, mask=m_w, other=0.0))
-        o_t = o_k + gl.minimum(o_n, B - 1) * ROW_H
-        b_x = issue(p_x + o_t, VECTORS, K_VECTORS, VECTOR_BYTES, PACK)
-        b_x = settle(b_x, p_x + o_t, p_error, VECTORS, K_VECTORS, VECTOR_BYTES, PACK, TIMEOUT)
+        p_t = p_x + (o_k + gl.minimum(o_n, B - 1) * ROW_H)
+        b_x = issue(p_t, VECTORS, K_VECTORS, VECTOR_BYTES, PACK)
+        b_x = settle(b_x, p_t, p_error, VECTORS, K_VECTORS, VECTOR_BYTES, PACK, TIMEOUT)
         b_x = clear_beyond(b_x, m_k, WHOLE)
         b_xr = dot(b_vr, b_x, zero)
         b_xz = dot(b_vz, b_x, zero)
         s_x.store(dot(b_vn, b_x, zero))
         b_xn = add_slices(s_x, 0, KH, over_h, gate)
         for t in range(T):
+            m_t = in_step(p_offsets, m, t, steps_b)
+            if p_offsets is not None:
+                stride_ht, stride_gt, stride_st = strides(rows_after(p_offsets, t, T, backwards), ROW_H, H)
             p_x += gl.where(t + 1 < T, stride_ht, 0)
             if p_masks is not None:
-                b_mask = gl.load(p_mask + o_h, mask=m_m, other=0.0)
-            b_t = issue(p_old + o_t, VECTORS, K_VECTORS, VECTOR_BYTES, PACK)
-            b_t = settle(b_t, p_old + o_t, p_error, VECTORS, K_VECTORS, VECTOR_BYTES, PACK, TIMEOUT)
+                m_mt = in_step(p_offsets, m_m, t, steps_b)
+                b_mask = gl.load(p_mask + o_h, mask=m_mt, other=0.0)
+            p_t = p_old + (o_k + gl.minimum(o_n, B_h - 1) * ROW_H)
+            b_t = issue(p_t, VECTORS, K_VECTORS, VECTOR_BYTES, PACK)
+            b_t = settle(b_t, p_t, p_error, VECTORS, K_VECTORS, VECTOR_BYTES, PACK, TIMEOUT)
             b_t = clear_beyond(b_t, m_k, WHOLE)
             s_r.store(dot(b_wr, b_t, b_xr))
             s_n.store(dot(b_wn, b_t, zero))
@@ -286,24 +330,28 @@ def wavefront_kernel(
                 b_hn = add_slices(s_n, 0, KH, over_h, gate) + b_bias_hn
                 b_z = sigmoid(add_slices(s_z, 0, KH, over_h, gate) + b_bias_z)
                 b_n = tanh(b_xn + b_bias_n + b_r * b_hn)
+            b_before = b_h
             b_h = b_n + b_z * (b_h - b_n)
             b_h = gl.where(b_h == b_h, b_h, float("nan"))
             if HX < H:
                 b_h = gl.where(o_u < HX, b_h, 0.0)
-            gl.store(p_new + o_h, b_h.to(dtype), mask=m)
+            b_h = if_in_step(p_offsets, b_h, b_before, t, steps_b)
+            gl.store(p_new + o_h, b_h.to(dtype), mask=m_t)
             if p_masks is not None:
-                gl.store(p_hand + o_h, masked(b_h.to(dtype), b_mask), mask=m_m)
+                gl.store(p_hand + o_h, masked(b_h.to(dtype), b_mask), mask=m_mt)
                 p_mask += stride_ht
                 p_hand += stride_ht
             if SAVE_GATES:
                 p_st = p_save + (o_b * (4 * H) + o_u)
-                gl.store(p_st, b_r.to(dtype), mask=m)
-                gl.store(p_st + H, b_z.to(dtype), mask=m)
-                gl.store(p_st + 2 * H, b_n.to(dtype), mask=m)
-                gl.store(p_st + 3 * H, b_hn.to(dtype), mask=m)
+                gl.store(p_st, b_r.to(dtype), mask=m_t)
+                gl.store(p_st + H, b_z.to(dtype), mask=m_t)
+                gl.store(p_st + 2 * H, b_n.to(dtype), mask=m_t)
+                gl.store(p_st + 3 * H, b_hn.to(dtype), mask=m_t)
                 p_save += stride_st
-            b_x = issue(p_x + o_t, VECTORS, K_VECTORS, VECTOR_BYTES, PACK)
-            b_x = settle(b_x, p_x + o_t, p_error, VECTORS, K_VECTORS, VECTOR_BYTES, PACK, TIMEOUT)
+            B_x = rows_of(p_offsets, t + 1, T, backwards, B)
+            p_t = p_x + (o_k + gl.minimum(o_n, B_x - 1) * ROW_H)
+            b_x = issue(p_t, VECTORS, K_VECTORS, VECTOR_BYTES, PACK)
+            b_x = settle(b_x, p_t, p_error, VECTORS, K_VECTORS, VECTOR_BYTES, PACK, TIMEOUT)
             b_x = clear_beyond(b_x, m_k, WHOLE)
             b_xr = dot(b_vr, b_x, zero)
             b_xz = dot(b_vz, b_x, zero)
@@ -311,12 +359,18 @@ def wavefront_kernel(
             b_xn = add_slices(s_x, 0, KH, over_h, gate)
             p_old = p_new
             p_new += stride_ht
-            if AHEAD > 0:  # of a higher lane all lines are states
-                prefetch((p_old + gl.minimum(AHEAD, T - 1 - t) * stride_ht + o_fh).to(gl.int64))
+            if p_offsets is None:
+                if AHEAD > 0:  # of a higher lane all lines are states
+                    prefetch((p_old + gl.minimum(AHEAD, T - 1 - t) * stride_ht + o_fh).to(gl.int64))
+            else:
+                B_h = rows_of(p_offsets, t, T, backwards, B)
+                if AHEAD > 0:
+                    rows_f = first_row(p_offsets, t + AHEAD, T, backwards) - first_row(p_offsets, t, T, backwards)
+                    prefetch((p_old + rows_f * ROW_H + o_fh).to(gl.int64))
         gl.store(p_h_n + (o_b * H + o_u), b_h.to(dtype), mask=m)
     else:
         if KX > 0:
-            p_t = tile_of(p_x, p_old, o_s, o_k, o_n, B, ROW_H, KX)
+            p_t = tile_of(p_offsets, p_x, p_old, o_s, o_k, o_n, B_x, B_h, ROW_H, KX)
             b_t = issue(p_t, VECTORS, K_VECTORS, VECTOR_BYTES, PACK)
             b_t = settle(b_t, p_t, p_error, VECTORS, K_VECTORS, VECTOR_BYTES, PACK, TIMEOUT)
             b_t = clear_beyond(b_t, m_k, WHOLE)
@@ -328,17 +382,28 @@ def wavefront_kernel(
             b_xn = add_slices(s_n, 0, KX, over_x, gate)
             p_x += gl.where((l > 0) & (T > 1), stride_ht, 0)
         for t in range(T):
+            m_t = in_step(p_offsets, m, t, steps_b)
+            m_gt = in_step(p_offsets, m_g, t, steps_b)
+            if p_offsets is not None:
+                stride_ht, stride_gt, stride_st = strides(rows_after(p_offsets, t, T, backwards), ROW_H, H)
+                rows_x = rows_after(p_offsets, t + 1, T, backwards)
             if p_masks is not None:
-                b_mask = gl.load(p_mask + o_h, mask=m_m, other=0.0)
+                m_mt = in_step(p_offsets, m_m, t, steps_b)
+                b_mask = gl.load(p_mask + o_h, mask=m_mt, other=0.0)
             p_gt = p_g + (o_b * ROW_G + o_u)
-            b_ar = gl.load(p_gt, mask=m_g, other=0.0).to(gl.float32)
-            b_az = gl.load(p_gt + H, mask=m_g, other=0.0).to(gl.float32)
-            b_an = gl.load(p_gt + 2 * H, mask=m_g, other=0.0).to(gl.float32)
+            b_ar = gl.load(p_gt, mask=m_gt, other=0.0).to(gl.float32)
+            b_az = gl.load(p_gt + H, mask=m_gt, other=0.0).to(gl.float32)
+            b_an = gl.load(p_gt + 2 * H, mask=m_gt, other=0.0).to(gl.float32)
             if KX > 0:
                 b_ar += gl.where(l > 0, b_xr, 0.0)
                 b_az += gl.where(l > 0, b_xz, 0.0)
                 b_an += gl.where(l > 0, b_xn, 0.0)
-            p_t = tile_of(p_x, p_old, o_s, o_k, o_n, B, ROW_H, KX)
+            p_ht = p_old
+            if REVERSE:
+                p_ht = if_in_step(p_offsets, p_old, p_h0, t - 1, steps_n)
+            if KX > 0:
+                B_x = rows_of(p_offsets, t + 1, T, backwards, B)
+            p_t = tile_of(p_offsets, p_x, p_ht, o_s, o_k, o_n, B_x, B_h, ROW_H, KX)
             b_t = issue(p_t, VECTORS, K_VECTORS, VECTOR_BYTES, PACK)
             b_t = settle(b_t, p_t, p_error, VECTORS, K_VECTORS, VECTOR_BYTES, PACK, TIMEOUT)
             b_t = clear_beyond(b_t, m_k, WHOLE)
@@ -359,21 +424,23 @@ def wavefront_kernel(
             b_hn = add_slices(s_n, KX, KH, over_h, gate) + b_ahn
             b_z = sigmoid(add_slices(s_z, KX, KH, over_h, gate) + b_az)
             b_n = tanh(b_an + b_r * b_hn)
+            b_before = b_h
             b_h = b_n + b_z * (b_h - b_n)
             b_h = gl.where(b_h == b_h, b_h, float("nan"))
             if HX < H:
                 b_h = gl.where(o_u < HX, b_h, 0.0)
-            gl.store(p_new + o_h, b_h.to(dtype), mask=m)
+            b_h = if_in_step(p_offsets, b_h, b_before, t, steps_b)
+            gl.store(p_new + o_h, b_h.to(dtype), mask=m_t)
             if p_masks is not None:
-                gl.store(p_hand + o_h, masked(b_h.to(dtype), b_mask), mask=m_m)
+                gl.store(p_hand + o_h, masked(b_h.to(dtype), b_mask), mask=m_mt)
                 p_mask += stride_ht
                 p_hand += stride_ht
             if SAVE_GATES:
                 p_st = p_save + (o_b * (4 * H) + o_u)
-                gl.store(p_st, b_r.to(dtype), mask=m)
-                gl.store(p_st + H, b_z.to(dtype), mask=m)
-                gl.store(p_st + 2 * H, b_n.to(dtype), mask=m)
-                gl.store(p_st + 3 * H, b_hn.to(dtype), mask=m)
+                gl.store(p_st, b_r.to(dtype), mask=m_t)
+                gl.store(p_st + H, b_z.to(dtype), mask=m_t)
+                gl.store(p_st + 2 * H, b_n.to(dtype), mask=m_t)
+                gl.store(p_st + 3 * H, b_hn.to(dtype), mask=m_t)
             if STORE_FIRST:
                 barrier()  # else the loads of the x slices are scheduled before the store that all others wait for
             if KX > 0:
@@ -382,14 +449,21 @@ def wavefront_kernel(
                 b_xn = add_slices(s_n, 0, KX, over_x, gate)
             barrier()  # the partial sums have been read; here no one waits for it
             p_old = p_new
-            p_x += gl.where((l > 0) & (t + 2 < T), stride_ht, 0)
             p_new += stride_ht
             p_g += stride_gt
             if SAVE_GATES:
                 p_save += stride_st
+            if p_offsets is not None:
+                if not REVERSE:
+                    B_h = rows_of(p_offsets, t, T, backwards, B)
+                stride_ht = rows_x * ROW_H
+            p_x += gl.where((l > 0) & (t + 2 < T), stride_ht, 0)
             if AHEAD > 0:
-                prefetch(a_f)
-                a_f += gl.where(t + 1 + AHEAD < T, step_f, 0)
+                if p_offsets is None:
+                    prefetch(a_f)
+                    a_f += gl.where(t + 1 + AHEAD < T, step_f, 0)
+                else:
+                    prefetch(a_f + (first_row(p_offsets, t + AHEAD, T, backwards) - row_f0) * row_f)
         gl.store(p_h_n + (o_b * H + o_u), b_h.to(dtype), mask=m)
 
 
@@ -426,6 +500,7 @@ def wavefront_launch(
     masks: Tensor | None = None,
     handed: Tensor | None = None,
     pair: int | None = None,
+    offsets: Tensor | None = None,
     timeout_ns: int = 10_000_000_000,
 ) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and arguments of ``wavefront_kernel``; all tensors are contiguous, and H is a multiple of 16.
@@ -438,10 +513,11 @@ def wavefront_launch(
     h_n: [lanes, B, H].  gates: [lanes, T, B, 4, H] or None.  error: int64[4], see ``handover``.
     units: those that are no padding.  masks, handed: with dropout in a stack, both like below; handed is filled like that.
     pair: None, or which lanes of a pair walk backwards, a bit each.
+    offsets: of packed sequences, int32 [T + 1 + B], see ``lanes``; then [N] takes the place of [T, B] everywhere.
     """
     lanes, (batch, hidden) = len(w_hh), h_n.shape[1:]
-    reverse = check_launch(gi, h0, below, w_ih, w_hh, out, h_n, gates, masks, handed, pair)
-    arguments = launch_arguments(gi, h0, below, w_ih, w_hh, b_ih, b_hh, out, h_n, gates, error, masks, handed)
+    reverse = check_launch(gi, h0, below, w_ih, w_hh, out, h_n, gates, masks, handed, pair, offsets)
+    arguments = launch_arguments(gi, h0, below, w_ih, w_hh, b_ih, b_hh, out, h_n, gates, error, masks, handed, offsets)
     arguments |= wavefront_constants(
         plan, lanes=lanes, hidden=hidden, units=units or hidden, reverse=reverse, save_gates=gates is not None,
         timeout_ns=timeout_ns, pair=pair,

@@ -21,10 +21,17 @@ from .lanes import (
     barrier,
     check_backward,
     dot,
+    first_row,
     gate_factors,
     gate_layout,
+    if_in_step,
+    in_step,
+    is_step,
     most_registers,
     round_parameter,
+    row_steps,
+    rows_after,
+    rows_of,
     select,
     shared_bases,
     walks_back,
@@ -81,7 +88,7 @@ def poll(p_r, p_z, p_n, p_error, m_k, WHOLE: gl.constexpr,
 @gluon.jit(do_not_specialize=["T", "B"])
 def wavefront_backward_kernel(
     p_dy, p_dhn, p_h0, p_out, p_below, p_gates, p_w_ih, p_w_hh, p_masks,
-    p_d_gates, p_dhx, p_sums, p_error,
+    p_d_gates, p_dhx, p_sums, p_error, p_offsets,
     T, B,
     LANES: gl.constexpr, H: gl.constexpr,
     U: gl.constexpr, N: gl.constexpr,
@@ -103,6 +110,10 @@ def wavefront_backward_kernel(
 
     Results: p_d_gates [lanes, T, B, 4, H] = dhn, dr, dz, dn, which comes filled with the pattern; p_dhx [lanes, B, H], the
     gradient of h0; p_sums [lanes, programs along the batch, 4, H], float32 sums of d_gates over steps and rows.
+
+    Packed sequences: p_offsets, see ``lanes``; rows [N] of all steps take the place of [T, B].  A program begins with the last
+    step of its longest sequence.  The gradient of a sequence's h_n waits for the steps of the sequence, and that of its h0
+    stays as it is after them; what such a row polls then are the gradients of another.
 
     H is a multiple of 16.  The warps: KH slices of k for the own lane, beside them KX for the lane above, one step ahead (0:
     once the gradients are on their way, the same warps take those of the lane above for the next step, from a second set of
@@ -140,25 +151,34 @@ def wavefront_backward_kernel(
     i_b = pid // PROGRAMS_U % PROGRAMS_B
     l = pid // (PROGRAMS_U * PROGRAMS_B)
 
-    # Where the lane's first step, which is the last of its forward, reads and writes, and how far it is to the next.
+    # Where the lane's first step, which is the last of its forward, reads and writes, and how far it is to the next; ``steps``
+    # are rows of all steps, and ``last`` is the first row of the last one.
     rows = gl.cast(B, gl.int64)
     steps = T * rows
     stride_h = -B * ROW_H
     stride_d = -B * ROW_D
     p_dhx += l * (rows * H)
     p_h0 += l * (rows * H)
-    p_d = p_d_gates + (l * steps + (steps - rows)) * ROW_D
-    p_g = p_gates + (l * steps + (steps - rows)) * ROW_D
+    last = steps - rows
+    backwards = 1 - l if REVERSE else 1
+    p_lengths = p_offsets
+    if p_offsets is not None:
+        p_lengths += T + 1
+        steps = gl.cast(gl.load(p_offsets + T), gl.int64)
+        T = gl.load(p_lengths + i_b * N)
+        last = gl.cast(gl.load(p_offsets + (T - 1)), gl.int64)
+    p_d = p_d_gates + (l * steps + last) * ROW_D
+    p_g = p_gates + (l * steps + last) * ROW_D
     p_x = p_d
-    o_y = (steps - rows) * ROW_H  # row of p_dy, p_out
+    o_y = last * ROW_H  # row of p_dy, p_out
     p_seq = p_out
     if REVERSE:
         sign = 2 * l - 1
         stride_h = sign * B * ROW_H
         stride_d = sign * B * ROW_D
-        p_d -= l * ((steps - rows) * ROW_D)
-        p_g -= l * ((steps - rows) * ROW_D)
-        o_y += l * (H - (steps - rows) * ROW_H)
+        p_d -= l * (last * ROW_D)
+        p_g -= l * (last * ROW_D)
+        o_y += l * (H - last * ROW_H)
     elif PAIRED is not None:
         back = walks_back(l, PAIRED)
         sign = 2 * back - 1
@@ -172,10 +192,16 @@ def wavefront_backward_kernel(
         p_x = gl.where(l < LANES - 1, p_d + steps * ROW_D, p_d)
     p_seq += o_y
     above = l < LANES - 1 if STACK else False
+    if p_offsets is not None:
+        rows_t = rows_after(p_offsets, 0, T, backwards)
+        stride_h = rows_t * ROW_H
+        stride_d = rows_t * ROW_D
 
     # Partial sums.
+    # Of the lane above apart: dropout applies to their sum, and a row may take part in its step and not in the own one.
+    APART: gl.constexpr = p_masks is not None or p_offsets is not None
     s_sum = gl.allocate_shared_memory(gl.float32, [KS, U, N], banked)
-    if AFTER and p_masks is not None:
+    if AFTER and APART:
         s_x = gl.allocate_shared_memory(gl.float32, [KS, U, N], banked)
 
     # Weights [slices, units, k], transposed: slices of W_ih of the lane above (if KX), then of W_hh.
@@ -220,7 +246,10 @@ def wavefront_backward_kernel(
     # the state before a step lies where the walk goes next; before the last one it is h0
     p_before = p_seq + stride_h + o_h
     p_first = p_h0 + (o_b * H + o_u)
-    saved = load_saved(p_g + o_d, gl.where(T > 1, p_before, p_first), p_y, m, m_dy, b_zero, H)
+    steps_b = row_steps(p_lengths, gl.minimum(o_b, B - 1), T, backwards)
+    m_t = in_step(p_offsets, m, 0, steps_b)
+    m_dyt = in_step(p_offsets, m_dy, 0, steps_b)
+    saved = load_saved(p_g + o_d, gl.where(is_step(p_offsets, 1, steps_b), p_before, p_first), p_y, m_t, m_dyt, b_zero, H)
     b_r, b_z, b_n, b_hn, b_h, b_dy = saved
 
     # The polled tile [slices, k, batch].  Rows beyond the batch read its last row, vectors beyond H the first ones.
@@ -233,7 +262,8 @@ def wavefront_backward_kernel(
         o_k += o_s * KC
     m_k = o_k < H
     o_k = gl.where(m_k, o_k, o_k % KW)
-    o_t = o_k + gl.minimum(i_b * N + o_n, B - 1) * ROW_D
+    o_n = i_b * N + o_n
+    o_t = o_k + gl.minimum(o_n, rows_of(p_offsets, 0, T, backwards, B) - 1) * ROW_D
     zero = gl.zeros([KS, U, N], gl.float32, mma)
 
     # Lines to prefetch, one address a thread: d_gates that this program will write, gates, states and dy that it will read.
@@ -251,8 +281,12 @@ def wavefront_backward_kernel(
         a_f = gl.where(top, (p_dy + (o_y + o_fb * ROW_H + o_fu)).to(gl.int64), a_f)
     o_fd = o_fb * ROW_D + (o_fg % 4) * H + o_fu
     a_f = gl.where(wide, gl.where(o_fg < 4, (p_d + o_fd).to(gl.int64), (p_g + o_fd).to(gl.int64)), a_f)
-    step_f = gl.where(wide, stride_d, stride_h) * BYTES
-    a_f += gl.minimum(AHEAD, T - 1) * step_f
+    if p_offsets is None:
+        step_f = gl.where(wide, stride_d, stride_h) * BYTES
+        a_f += gl.minimum(AHEAD, T - 1) * step_f
+    else:
+        row_f = gl.where(wide, ROW_D, ROW_H) * gl.cast(BYTES, gl.int64)
+        row_f0 = first_row(p_offsets, 0, T, backwards)
 
     # dy of the first step, where it comes from the lane above.
     if AFTER:
@@ -274,7 +308,8 @@ def wavefront_backward_kernel(
             b_dy = add_slices(s_sum, 0, KX, over_x, gate)
         barrier()
     if p_masks is not None:
-        b_dy *= gl.load(p_m, mask=m_m, other=1.0).to(gl.float32)
+        m_mt = in_step(p_offsets, m_m, 0, steps_b)
+        b_dy *= gl.load(p_m, mask=m_mt, other=1.0).to(gl.float32)
 
     b_sum_hn = b_zero
     b_sum_r = b_zero
@@ -282,39 +317,51 @@ def wavefront_backward_kernel(
     b_sum_n = b_zero
     b_fhn, b_fr, b_fz, b_fn = gate_factors(b_r, b_z, b_n, b_hn, b_h)
     for t in range(T):  # steps done
-        b_dh = b_c + b_dy
+        m_t = in_step(p_offsets, m, t, steps_b)
+        b_dh = if_in_step(p_offsets, b_c + b_dy, b_zero, t, steps_b)
         b_dhn = without_pattern(b_dh * b_fhn)
         b_dr = without_pattern(b_dh * b_fr)
         b_dz = without_pattern(b_dh * b_fz)
         b_dn = without_pattern(b_dh * b_fn)
         p_dt = p_d + o_d
-        gl.store(p_dt, b_dhn.to(dtype), mask=m)
-        gl.store(p_dt + H, b_dr.to(dtype), mask=m)
-        gl.store(p_dt + 2 * H, b_dz.to(dtype), mask=m)
-        gl.store(p_dt + 3 * H, b_dn.to(dtype), mask=m)
+        gl.store(p_dt, b_dhn.to(dtype), mask=m_t)
+        gl.store(p_dt + H, b_dr.to(dtype), mask=m_t)
+        gl.store(p_dt + 2 * H, b_dz.to(dtype), mask=m_t)
+        gl.store(p_dt + 3 * H, b_dn.to(dtype), mask=m_t)
         b_sum_hn += b_dhn
         b_sum_r += b_dr
         b_sum_z += b_dz
         b_sum_n += b_dn
-        b_c = b_z * b_dh
+        b_c = if_in_step(p_offsets, b_z * b_dh, b_c, t, steps_b)
         # the next step's own values, on their way while this one waits
         more = t + 1 < T
+        stride_before = stride_h
+        if p_offsets is not None:
+            rows_t = rows_after(p_offsets, t, T, backwards)
+            stride_h = rows_t * ROW_H
+            stride_d = rows_t * ROW_D
+            stride_before = rows_after(p_offsets, t + 1, T, backwards) * ROW_H
         p_g += gl.where(more, stride_d, 0)
-        p_before += gl.where(more, stride_h, 0)
+        p_before += gl.where(more, stride_before, 0)
         if p_dy is not None:
             p_y += gl.where(more, stride_h, 0)
+        m_t = in_step(p_offsets, m, t + 1, steps_b)
+        m_dyt = in_step(p_offsets, m_dy, t + 1, steps_b)
         b_r, b_z, b_n, b_hn, b_h, b_dy = load_saved(
-            p_g + o_d, gl.where(t + 2 < T, p_before, p_first), p_y, m, m_dy, b_zero, H
+            p_g + o_d, gl.where(is_step(p_offsets, t + 2, steps_b), p_before, p_first), p_y, m_t, m_dyt, b_zero, H
         )
         if p_masks is not None:
             p_m += gl.where(more, stride_h, 0)
-            b_mask = gl.load(p_m, mask=m_m, other=1.0).to(gl.float32)
+            m_mt = in_step(p_offsets, m_m, t + 1, steps_b)
+            b_mask = gl.load(p_m, mask=m_mt, other=1.0).to(gl.float32)
         if STACK:
             p_x += gl.where(more & above, stride_d, 0)
         b_ar = zero
         b_az = zero
         b_an = zero
         if AFTER and (above & more):
+            if p_offsets is not None:
+                o_t = o_k + gl.minimum(o_n, rows_of(p_offsets, t + 1, T, backwards, B) - 1) * ROW_D
             p_t = p_x + o_t
             b_tr, b_tz, b_tn = poll(
                 p_t + H, p_t + 2 * H, p_t + 3 * H, p_error, m_k, WHOLE, VECTORS, K_VECTORS, VECTOR_BYTES, PACK, TIMEOUT
@@ -322,12 +369,19 @@ def wavefront_backward_kernel(
             b_ar = dot(b_vr, b_tr, zero)
             b_az = dot(b_vz, b_tz, zero)
             b_an = dot(b_vn, b_tn, zero)
-            if p_masks is not None:  # applies to the sum over all slices
+            if APART:
                 s_x.store(b_ar + b_az + b_an)
-                b_dy = b_mask * add_slices(s_x, 0, KH, over_h, gate)
+                b_dy = add_slices(s_x, 0, KH, over_h, gate)
+                if p_masks is not None:
+                    b_dy = b_mask * b_dy
                 b_ar = zero
                 b_az = zero
                 b_an = zero
+        if p_offsets is not None:
+            rows_n = rows_of(p_offsets, t, T, backwards, B)
+            if KX > 0:
+                rows_n = gl.where((o_s < KX) & above, rows_of(p_offsets, t + 1, T, backwards, B), rows_n)
+            o_t = o_k + gl.minimum(o_n, rows_n - 1) * ROW_D
         p_tr = tile_of(p_x + H, p_d + H, o_s, o_t, KX)
         p_tn = tile_of(p_x + 3 * H, p_d, o_s, o_t, KX)
         b_tr, b_tz, b_tn = poll(p_tr, p_tr + H, p_tn, p_error, m_k, WHOLE, VECTORS, K_VECTORS, VECTOR_BYTES, PACK, TIMEOUT)
@@ -336,7 +390,7 @@ def wavefront_backward_kernel(
         b_an = dot(b_wn, b_tn, b_an)
         s_sum.store(b_ar + b_az + b_an)
         b_fhn, b_fr, b_fz, b_fn = gate_factors(b_r, b_z, b_n, b_hn, b_h)
-        b_c += add_slices(s_sum, KX, KH, over_h, gate)
+        b_c += if_in_step(p_offsets, add_slices(s_sum, KX, KH, over_h, gate), b_zero, t, steps_b)
         if KX > 0:
             b_dx = add_slices(s_sum, 0, KX, over_x, gate)
             if p_masks is not None:
@@ -347,8 +401,11 @@ def wavefront_backward_kernel(
         if STACK:
             p_x += gl.where(above, 0, stride_d)
         if AHEAD > 0:
-            prefetch(a_f)
-            a_f += gl.where(t + 1 + AHEAD < T, step_f, 0)
+            if p_offsets is None:
+                prefetch(a_f)
+                a_f += gl.where(t + 1 + AHEAD < T, step_f, 0)
+            else:
+                prefetch(a_f + (first_row(p_offsets, t + AHEAD, T, backwards) - row_f0) * row_f)
     gl.store(p_dhx + (o_b * H + o_u), b_c.to(dtype), mask=m)
     p_sums += (l * PROGRAMS_B + i_b) * (4 * H)
     o_u1 = i_u * U + gl.arange(0, U, gl.SliceLayout(1, gate))
@@ -387,6 +444,7 @@ def wavefront_backward_launch(
     plan: WavefrontPlan,
     masks: Tensor | None = None,
     pair: int | None = None,
+    offsets: Tensor | None = None,
     timeout_ns: int = 10_000_000_000,
 ) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and arguments of ``wavefront_backward_kernel``; all tensors are contiguous, and H is a multiple of 16.
@@ -397,11 +455,12 @@ def wavefront_backward_launch(
     [lanes, B, H].
     sums: float32 [lanes, -(-B // rows), 4, H].  error: int64[4], see ``handover``.  masks: like below, or None.
     pair: None, or which lanes of a pair walked backwards, a bit each.
+    offsets: of packed sequences, int32 [T + 1 + B], see ``lanes``; then [N] takes the place of [T, B] everywhere.
     """
     lanes, batch, hidden = h0.shape
-    reverse = check_backward(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, pair)
+    reverse = check_backward(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, pair, offsets)
     assert sums.shape[1] == -(-batch // plan.rows)
-    arguments = backward_arguments(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, error)
+    arguments = backward_arguments(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, error, offsets)
     arguments |= wavefront_backward_constants(
         plan, lanes=lanes, hidden=hidden, reverse=reverse, timeout_ns=timeout_ns, pair=pair
     )

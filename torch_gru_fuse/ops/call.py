@@ -19,7 +19,8 @@ from torch_gru_fuse.ops.schemas import (
 class _Layers:
     """What calls of `gru_forward`, `gru_packed_forward` and `gru_pair_forward` have in common.
 
-    T time steps, B batch, I inputs, H units, L layers, D directions; a state is one layer and direction, state = layer*D + d.
+    T time steps, B batch, N rows of all steps, I inputs, H units, L layers, D directions; a state is one layer and direction,
+    state = layer*D + d.
     """
 
     __slots__ = ()
@@ -96,6 +97,11 @@ class GRUCall(_GRUFields, _Layers):
     def B(self) -> int:
         return self.input.shape[1]
 
+    @property
+    def N(self) -> int:
+        """Rows of all steps."""
+        return self.T * self.B
+
     def empty_results(self, save: bool) -> tuple[Tensor, Tensor, Tensor]:
         """output, h_n and reserve, allocated as the fake implementation says."""
         return empty_gru_results(self.input, self.hx, self.num_layers, self.bidirectional, save)
@@ -157,6 +163,11 @@ class PairCall(_PairFields, _Layers):
         return self.input.shape[1]
 
     @property
+    def N(self) -> int:
+        """Rows of all steps, of one of the two."""
+        return self.T * self.B
+
+    @property
     def D(self) -> int:
         return 2
 
@@ -211,13 +222,26 @@ class _PackedFields(NamedTuple):
 
 
 class PackedCall(_PackedFields, _Layers):
-    """The same of `gru_packed_forward` and `gru_packed_backward`; N rows of all steps take the place of [T, B]."""
+    """The same of `gru_packed_forward` and `gru_packed_backward`; [N] takes the place of [T, B]."""
 
     __slots__ = ()
 
     @property
+    def T(self) -> int:
+        return self.batch_sizes.shape[0]
+
+    @property
+    def B(self) -> int:
+        return self.hx.shape[1]
+
+    @property
     def N(self) -> int:
+        """Rows of all steps."""
         return self.input.shape[0]
+
+    def input_of(self, layer: int, d: int, layer_outputs: Tensor) -> Tensor:
+        """What a direction of a layer was given."""
+        return self.layer_input(layer, layer_outputs)
 
     def empty_results(self, save: bool) -> tuple[Tensor, Tensor, Tensor]:
         """output, h_n and reserve, allocated as the fake implementation says."""

@@ -7,7 +7,7 @@ alone is made once.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import or_
 from typing import Any
 
@@ -17,8 +17,8 @@ from triton.runtime import driver
 
 from torch_gru_fuse.kernels import launch, prepare, resident_backward, staged_backward, wavefront_backward
 from torch_gru_fuse.ops import timeouts
-from torch_gru_fuse.ops.call import GRUCall, PairCall
-from torch_gru_fuse.ops.whole_path import aligned, sizes_of
+from torch_gru_fuse.ops.call import GRUCall, PackedCall, PairCall
+from torch_gru_fuse.ops.whole_path import aligned, op_of, sizes_of
 from torch_gru_fuse.planner.whole_sequence import WholeSequencePlan
 
 # By the name of a plan's kernel: kernel, its constants.
@@ -47,10 +47,12 @@ class _Recipe:
 _recipes: dict[tuple, _Recipe] = {}
 
 
-def _recipe(call: GRUCall | PairCall, whole: WholeSequencePlan, has_dy: bool, has_dhn: bool, masked: bool) -> _Recipe:
-    x = call.input
+def _recipe(
+    call: GRUCall | PackedCall | PairCall, whole: WholeSequencePlan, has_dy: bool, has_dhn: bool, masked: bool
+) -> _Recipe:
+    x, packed = call.input, isinstance(call, PackedCall)
     key = (
-        x.shape, call.hx.shape, x.dtype, x.get_device(), id(whole), call.bidirectional, has_dy, has_dhn, masked,
+        packed, call.T, call.hx.shape, x.dtype, x.get_device(), id(whole), call.bidirectional, has_dy, has_dhn, masked,
         call.pair, timeouts.timeout_ns(),
     )  # fmt: skip
     found = _recipes.get(key)
@@ -58,7 +60,20 @@ def _recipe(call: GRUCall | PairCall, whole: WholeSequencePlan, has_dy: bool, ha
         if len(_recipes) >= 4096:
             _recipes.clear()
         found = _recipes[key] = _make_recipe(call, whole, has_dy, has_dhn, masked)
+    if packed and found.fill_grid is not None:  # of which there are others in every call
+        found = replace(found, fill_grid=_fill_grid(call, whole))
     return found
+
+
+def _fill_steps(call: GRUCall | PackedCall, whole: WholeSequencePlan) -> dict[str, int]:
+    """d_gates of the lanes of a launch as one sequence."""
+    if isinstance(call, PackedCall):
+        return {"steps": whole.lanes * call.N, "batch": 1}
+    return {"steps": whole.lanes * call.T, "batch": call.B}
+
+
+def _fill_grid(call: GRUCall | PackedCall, whole: WholeSequencePlan) -> tuple[int, int, int]:
+    return *prepare.fill_grid(**_fill_steps(call, whole), hidden=4 * call.H), 1, 1
 
 
 def _programs_b(batch: int, whole: WholeSequencePlan) -> int:
@@ -66,8 +81,10 @@ def _programs_b(batch: int, whole: WholeSequencePlan) -> int:
     return -(-batch // (whole.kernel.rows * getattr(whole.kernel, "tiles", 1)))
 
 
-def _make_recipe(call: GRUCall | PairCall, whole: WholeSequencePlan, has_dy: bool, has_dhn: bool, masked: bool) -> _Recipe:
-    T, B, H = call.T, call.B, call.H
+def _make_recipe(
+    call: GRUCall | PackedCall | PairCall, whole: WholeSequencePlan, has_dy: bool, has_dhn: bool, masked: bool
+) -> _Recipe:
+    B, H, packed = call.B, call.H, isinstance(call, PackedCall)
     dtype, device = call.input.dtype, call.input.get_device()
     lanes, reverse, pair = whole.lanes, call.bidirectional, call.pair
     stack = lanes > 1 and not reverse and pair is None
@@ -76,14 +93,11 @@ def _make_recipe(call: GRUCall | PairCall, whole: WholeSequencePlan, has_dy: boo
     types: list[Any] = [
         dtype if has_dy else None, dtype if has_dhn else None, dtype, dtype, dtype, dtype,
         (dtype, lanes - 1 if stack else 1), (dtype, lanes), dtype if masked else None,
-        dtype, dtype, torch.float32, torch.int64, None, None,
+        dtype, dtype, torch.float32, torch.int64, torch.int32 if packed else None, None, None,
     ]  # fmt: skip
-    described = timeouts.Call(
-        "gru_backward" if pair is None else "gru_pair_backward", sizes_of(call), whole.kernel.name, str(whole), timeout
-    )
-    fill_grid = (*prepare.fill_grid(steps=lanes * T, batch=B, hidden=4 * H), 1, 1)
+    described = timeouts.Call(f"{op_of(call)}_backward", sizes_of(call), whole.kernel.name, str(whole), timeout)
     return _Recipe(
-        fill_grid=fill_grid if whole.waits(reverse=not stack) else None,
+        fill_grid=_fill_grid(call, whole) if whole.waits(reverse=not stack) else None,
         kernel_grid=(whole.programs(B, H), 1, 1),
         run_fill=launch.launcher(
             prepare.prepare_kernel, device, prepare.fill_constants(hidden=4 * H),
@@ -98,13 +112,13 @@ def _make_recipe(call: GRUCall | PairCall, whole: WholeSequencePlan, has_dy: boo
     )  # fmt: skip
 
 
-def empty_sums(call: GRUCall | PairCall, whole: WholeSequencePlan) -> Tensor:
+def empty_sums(call: GRUCall | PackedCall | PairCall, whole: WholeSequencePlan) -> Tensor:
     """Where the launches of a plan leave the sums of gate gradients: float32 [L*D, programs along the batch, 4, H]."""
     return call.hx.new_empty((call.L * call.D, _programs_b(call.B, whole), 4, call.H), dtype=torch.float32)
 
 
 def gate_gradients(
-    call: GRUCall | PairCall,
+    call: GRUCall | PackedCall | PairCall,
     whole: WholeSequencePlan,
     layer: int,
     dy: Tensor | None,
@@ -115,6 +129,7 @@ def gate_gradients(
     d_gates: Tensor,
     grad_hx: Tensor,
     sums: Tensor,
+    offsets: Tensor | None = None,
 ) -> None:
     """Layers from ``layer`` on, as many as a launch of the plan has: fills their part of d_gates, grad_hx and sums.
 
@@ -127,11 +142,12 @@ def gate_gradients(
         d_gates: [L, D, T, B, 4, H]; becomes the gradients of (hn, r, z, n), before the nonlinearities.
         grad_hx: [L*D, B, H]; becomes the gradient of hx.
         sums: as `empty_sums` makes it; becomes sums of d_gates over steps and the batch rows of a program.
+        offsets: of a packed call, in whose tensors [N] takes the place of [T, B].
 
     Raises:
         launch.DoesNotFit: nothing has been changed then.
     """
-    T, B, H, lanes = call.T, call.B, call.H, whole.lanes
+    T, B, N, H, lanes = call.T, call.B, call.N, call.H, whole.lanes
     stack = lanes > call.D
     first = layer * call.D
     each = 4 if call.has_biases else 2
@@ -146,7 +162,7 @@ def gate_gradients(
 
     itemsize = hx.element_size()
     state = first * B * H * itemsize  # from the beginning of a tensor [L*D, B, H] to these layers
-    sequence = T * state
+    sequence = first * N * H * itemsize  # and of one [L*D, N, H]
     p_d = d_gates.data_ptr() + 4 * sequence
     p_gates = gates.data_ptr() + 4 * sequence
     p_out, p_hx, p_dhx = out.data_ptr(), hx.data_ptr() + state, grad_hx.data_ptr() + state
@@ -159,10 +175,11 @@ def gate_gradients(
     given = (p_d, p_gates, p_out, p_hx, p_dhx, p_below, p_dy or 0, p_dhn or 0, p_masks or 0, *p_w_hh, *p_w_ih)
     is_aligned = not functools.reduce(or_, given) % 16
     stream = driver.active.get_current_stream(hx.get_device())
-    if recipe.fill_grid is not None:  # d_gates as one sequence of lanes * T steps of 4H units
-        values = prepare.fill_arguments(p_d, recipe.word, recipe.launch_id, error.data_ptr(), steps=lanes * T, batch=B)
+    if recipe.fill_grid is not None:  # d_gates as one sequence of 4H units
+        values = prepare.fill_arguments(p_d, recipe.word, recipe.launch_id, error.data_ptr(), **_fill_steps(call, whole))
         recipe.run_fill(recipe.fill_grid, stream, values, is_aligned)
     values = (
-        p_dy, p_dhn, p_hx, p_out, p_below, p_gates, p_w_ih, p_w_hh, p_masks, p_d, p_dhx, p_sums, error.data_ptr(), T, B,
+        p_dy, p_dhn, p_hx, p_out, p_below, p_gates, p_w_ih, p_w_hh, p_masks, p_d, p_dhx, p_sums, error.data_ptr(),
+        None if offsets is None else offsets.data_ptr(), T, B,
     )  # fmt: skip
     recipe.run_kernel(recipe.kernel_grid, stream, values, is_aligned)

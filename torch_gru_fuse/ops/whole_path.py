@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from triton.runtime import driver
 from torch_gru_fuse import torch_hooks
 from torch_gru_fuse.kernels import launch, prepare, resident, staged, wavefront
 from torch_gru_fuse.ops import timeouts
-from torch_gru_fuse.ops.call import GRUCall, PairCall
+from torch_gru_fuse.ops.call import GRUCall, PackedCall, PairCall
 from torch_gru_fuse.planner.plan import Plan
 from torch_gru_fuse.planner.projection import projection_tile
 from torch_gru_fuse.planner.whole_sequence import ResidentPlan, StagedPlan, WholeSequencePlan
@@ -63,7 +63,7 @@ class _Recipe:
 
     Attributes:
         whole: the plan.
-        steps, batch: T and B.
+        steps, batch, rows: T, B and N.
         lanes: of a launch.
         each: parameters of a lane.
         stack: whether a lane is the input of the next.
@@ -84,6 +84,7 @@ class _Recipe:
     device: int
     steps: int
     batch: int
+    rows: int
     lanes: int
     each: int
     stack: bool
@@ -96,6 +97,7 @@ class _Recipe:
     handed_bytes: int
     first_bytes: int
     prepare_grid: tuple[int, int, int] | None  # None: nothing to prepare
+    prepare_grid_of: Callable[..., tuple[int]]
     kernel_grid: tuple[int, int, int]
     run_prepare: launch.Launcher
     run_kernel: launch.Launcher
@@ -119,14 +121,26 @@ class _Recipe:
             end += size
         return _Room(end, *places[1:], projection)
 
+    def of_rows(self, rows: int) -> _Recipe:
+        """The same for packed sequences of so many rows."""
+        if rows == self.rows:
+            return self
+        below_bytes = self.below_bytes // self.rows * rows
+        grid = self.prepare_grid and (*self.prepare_grid_of(steps=rows), 1, 1)
+        return replace(
+            self, rows=rows, below_bytes=below_bytes, handed_bytes=below_bytes if self.handed_bytes else 0, prepare_grid=grid
+        )
+
     def launch(
         self, room: _Room, workspace: int, x: int, gi: int, hx: int, params: Sequence[int], out: int, h_n: int,
-        gates: int | None = None, below: int | None = None, masks: int | None = None, *, aligned: bool,
+        gates: int | None = None, below: int | None = None, masks: int | None = None, offsets: int | None = None, *,
+        aligned: bool,
     ) -> None:  # fmt: skip
         """Prepares and runs, at these addresses; ``aligned``: all are multiples of 16.
 
         gi: where x W^T is, if the room has none.  params: of each lane w_ih, w_hh and, with biases, b_ih, b_hh.  gates: None:
-        are not saved.  below: None: in the room, or nobody needs it.  masks: of a stack with dropout, else None.
+        are not saved.  below: None: in the room, or nobody needs it.  masks: of a stack with dropout, else None.  offsets: of
+        packed sequences, else None.
         """
         each = self.each
         _, h0, in_room, handed, gi_in_room, projection = room
@@ -139,7 +153,8 @@ class _Recipe:
         w_hh = params[1::each]
         b_ih, b_hh = (params[2::4], params[3::4]) if each == 4 else (None, None)
         stream = driver.active.get_current_stream(self.device)
-        tail = (h0, h_n, workspace, self.launch_id, self.steps, self.batch, self.ring_rows)
+        steps = self.steps if offsets is None else self.rows  # of packed sequences all rows are of one step to it
+        tail = (h0, h_n, workspace, self.launch_id, steps, self.batch, self.ring_rows)
         if projection is not None:
             gi = workspace + gi_in_room
             values = (x, params[:1] if self.stack else params[::each], gi, hx, self.word, out, below, *tail)
@@ -151,7 +166,7 @@ class _Recipe:
             self.run_prepare(self.prepare_grid, stream, (hx, self.word, out, handed, *tail), aligned)
         values = (
             gi, h0, below, params[each::each] if self.stack else w_hh[:1], w_hh, b_ih, b_hh, masks, handed, out, h_n,
-            out if gates is None else gates, workspace, self.steps, self.batch,
+            out if gates is None else gates, workspace, offsets, self.steps, self.batch,
         )  # fmt: skip
         self.run_kernel(self.kernel_grid, stream, values, aligned)
 
@@ -160,23 +175,23 @@ _ERROR_BYTES = 64  # of the error block, rounded up so that what follows is alig
 _recipes: dict[tuple, _Recipe] = {}
 
 
-def recipe_of(call: GRUCall | PairCall, whole: WholeSequencePlan, save: bool) -> _Recipe:
-    x = call.input
+def recipe_of(call: GRUCall | PackedCall | PairCall, whole: WholeSequencePlan, save: bool) -> _Recipe:
+    x, packed = call.input, isinstance(call, PackedCall)
     # The plan stands for itself: it is kept below, so no other has its id, and hashing it takes longer than all the rest.
     key = (
-        x.shape, call.hx.shape, x.dtype, x.get_device(), id(whole), call.bidirectional, call.has_biases, save,
-        call.dropout_masks is None, call.pair, timeouts.timeout_ns(), missing_programs,
+        packed, call.T, x.shape[-1], call.hx.shape, x.dtype, x.get_device(), id(whole), call.bidirectional, call.has_biases,
+        save, call.dropout_masks is None, call.pair, timeouts.timeout_ns(), missing_programs,
     )  # fmt: skip
     found = _recipes.get(key)
     if found is None:
         if len(_recipes) >= 4096:
             _recipes.clear()
         found = _recipes[key] = _make_recipe(call, whole, save)
-    return found
+    return found.of_rows(call.N) if packed else found  # of which there are others in every call
 
 
-def _make_recipe(call: GRUCall | PairCall, whole: WholeSequencePlan, save: bool) -> _Recipe:
-    T, B, H = call.T, call.B, call.H
+def _make_recipe(call: GRUCall | PackedCall | PairCall, whole: WholeSequencePlan, save: bool) -> _Recipe:
+    T, B, N, H, packed = call.T, call.B, call.N, call.H, isinstance(call, PackedCall)
     dtype, device = call.input.dtype, call.input.get_device()
     lanes, padded, reverse, pair = whole.lanes, -(-H // 16) * 16, call.bidirectional, call.pair
     stack = lanes > 1 and not reverse and pair is None
@@ -187,45 +202,46 @@ def _make_recipe(call: GRUCall | PairCall, whole: WholeSequencePlan, save: bool)
     ring = isinstance(whole.kernel, StagedPlan) and whole.kernel.ring
     # what is prepared of a pair is that of a stack of two layers
     sizes: dict[str, Any] = dict(
-        lanes=lanes, hidden=padded, reverse=reverse, fill_out=polls_own and not ring, states=polls_own, ring=ring
-    )
+        lanes=lanes, hidden=padded, reverse=reverse, fill_out=polls_own and not ring, states=polls_own, ring=ring,
+        packed=packed,
+    )  # fmt: skip
     rows = whole.kernel.ring_rows(B) if ring else B
     n_biases = (dtype, lanes) if call.has_biases else None
-    below_bytes = (lanes - 1) * T * B * padded * dtype.itemsize if stack else 0
+    below_bytes = (lanes - 1) * N * padded * dtype.itemsize if stack else 0
     masked = stack and call.dropout_masks is not None
     masks = dtype if masked else None
     types = [
         dtype, dtype, dtype, (dtype, max(1, lanes - 1) if stack else 1), (dtype, lanes), n_biases, n_biases, masks, masks,
-        dtype, dtype, dtype, torch.int64, None, None,
+        dtype, dtype, dtype, torch.int64, torch.int32 if packed else None, None, None,
     ]  # fmt: skip
     prepare_types = [dtype, torch.int32, dtype, dtype, dtype, dtype, torch.int64, None, None, None, None]
-    described = timeouts.Call(
-        "gru" if pair is None else "gru_pair", sizes_of(call), whole.kernel.name, str(whole), timeout
-    )
+    described = timeouts.Call(op_of(call), sizes_of(call), whole.kernel.name, str(whole), timeout)
     grid = whole.programs(B, H) - missing_programs
     prepares = polls_own or stack
-    preparing = prepare.prepare_grid(steps=T, batch=B, rows=rows, **sizes)[0] if prepares else 0
+    prepare_grid_of = functools.partial(prepare.prepare_grid, batch=B, rows=rows, **sizes)
+    preparing = prepare_grid_of(steps=N if packed else T)[0] if prepares else 0
     weights = 2 if reverse else 1
 
     @functools.cache
     def projection(inputs: int, batch_first: bool) -> _Projection | None:
-        tile = projection_tile(T * B, inputs, dtype.itemsize)
+        tile = None if packed else projection_tile(N, inputs, dtype.itemsize)
         if tile is None:
             return None
         constants = prepare.project_constants(
             tile, inputs=inputs, batch_first=batch_first, tf32=dtype == torch.float32, prepare=prepares,
             inputs_hidden=padded, **sizes,
         )  # fmt: skip
-        programs, = prepare.project_grid(tile, weights=weights, rows=T * B, hidden=padded, preparing=preparing)
+        programs, = prepare.project_grid(tile, weights=weights, rows=N, hidden=padded, preparing=preparing)
         types = [dtype, (dtype, weights), dtype, *prepare_types]
         run = launch.launcher(prepare.project_kernel, device, constants, types)
-        return _Projection((programs, 1, 1), run, weights * T * B * 3 * padded * dtype.itemsize)
+        return _Projection((programs, 1, 1), run, weights * N * 3 * padded * dtype.itemsize)
 
     return _Recipe(
         whole=whole,
         device=device,
         steps=T,
         batch=B,
+        rows=N,
         lanes=lanes,
         each=4 if call.has_biases else 2,
         stack=stack,
@@ -236,8 +252,9 @@ def _make_recipe(call: GRUCall | PairCall, whole: WholeSequencePlan, save: bool)
         ring_rows=rows,
         ring_bytes=2 * lanes * rows * padded * 4 if ring else 0,
         handed_bytes=below_bytes if masked else 0,
-        first_bytes=0 if pair is None else T * B * padded * dtype.itemsize,
+        first_bytes=0 if pair is None else N * padded * dtype.itemsize,
         prepare_grid=(preparing, 1, 1) if prepares else None,
+        prepare_grid_of=prepare_grid_of,
         kernel_grid=(grid, 1, 1),
         run_prepare=launch.launcher(
             prepare.prepare_kernel, device, prepare.prepare_constants(inputs_hidden=padded, **sizes), prepare_types
@@ -256,17 +273,27 @@ def _make_recipe(call: GRUCall | PairCall, whole: WholeSequencePlan, save: bool)
     )  # fmt: skip
 
 
-def sizes_of(call: GRUCall | PairCall) -> str:
+def op_of(call: GRUCall | PackedCall | PairCall) -> str:
+    """The op that a call is one of."""
+    return {PackedCall: "gru_packed", PairCall: "gru_pair"}.get(type(call), "gru")
+
+
+def sizes_of(call: GRUCall | PackedCall | PairCall) -> str:
     """What an error message says of a call."""
     dtype = str(call.input.dtype).removeprefix("torch.")
     if call.pair is not None:
         return f"T={call.T}, B={call.B}, H={call.H}, reverse={list(call.reverse)}, {dtype}"
-    inputs = call.input.shape[2]
+    inputs = call.input.shape[-1]
     return f"T={call.T}, B={call.B}, I={inputs}, H={call.H}, num_layers={call.L}, bidirectional={call.bidirectional}, {dtype}"
 
 
-def gru_forward(call: GRUCall | PairCall, save: bool, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """Results as `empty_results` allocates them.  Raises `launch.DoesNotFit`; nothing has been changed then."""
+def gru_forward(
+    call: GRUCall | PackedCall | PairCall, save: bool, plan: Plan, offsets: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Results as `empty_results` allocates them.  Raises `launch.DoesNotFit`; nothing has been changed then.
+
+    offsets: of a packed call, on its device; its H is a multiple of 16.
+    """
     assert plan.whole is not None
     recipe = recipe_of(call, plan.whole, save)
     if recipe.hidden != call.H:
@@ -275,7 +302,7 @@ def gru_forward(call: GRUCall | PairCall, save: bool, plan: Plan) -> tuple[Tenso
     output, h_n, reserve = call.empty_results(save)
     hx = aligned(call.hx)
     masks = None if call.dropout_masks is None else aligned(call.dropout_masks)
-    places = _Places(hx.data_ptr(), h_n.data_ptr(), reserve.data_ptr() if save else 0, masks)
+    places = _Places(hx.data_ptr(), h_n.data_ptr(), reserve.data_ptr() if save else 0, masks, offsets)
     if recipe.lanes == hx.shape[0]:
         x = call.input if call.pair is None else call.inputs
         _launch(call, plan, recipe, 0, x, call.params, output, places)
@@ -299,18 +326,20 @@ def aligned(tensor: Tensor) -> Tensor:
 
 
 class _Places:
-    """Addresses of the whole call's hx and h_n [L*D, B, H], of its dropout masks, and of its reserve, 0 if nothing is saved."""
+    """Addresses of the whole call's hx and h_n [L*D, B, H], of its dropout masks and offsets, and of its reserve, 0 if nothing
+    is saved."""
 
-    __slots__ = ("h_n", "hx", "masks", "reserve")
+    __slots__ = ("h_n", "hx", "masks", "offsets", "reserve")
 
-    def __init__(self, hx: int, h_n: int, reserve: int, masks: Tensor | None):
+    def __init__(self, hx: int, h_n: int, reserve: int, masks: Tensor | None, offsets: Tensor | None = None):
         self.hx, self.h_n, self.reserve = hx, h_n, reserve
         self.masks = None if masks is None else masks.data_ptr()
+        self.offsets = None if offsets is None else offsets.data_ptr()
 
 
 def _launch(
-    call: GRUCall | PairCall, plan: Plan, recipe: _Recipe, first: int, x: Tensor | Sequence[Tensor], params: Sequence[Tensor],
-    out: Tensor, places: _Places,
+    call: GRUCall | PackedCall | PairCall, plan: Plan, recipe: _Recipe, first: int, x: Tensor | Sequence[Tensor],
+    params: Sequence[Tensor], out: Tensor, places: _Places,
 ) -> None:  # fmt: skip
     """States ``first`` and following: ``recipe.lanes`` of them, whose parameters are ``params``, from input x, or the inputs
     of a pair, to ``out``."""
@@ -320,7 +349,7 @@ def _launch(
     p_x = p_gi = 0
     if isinstance(x, Tensor):
         x, batch_first = dense(x)
-        p_x, projection = x.data_ptr(), recipe.projection(x.shape[2], batch_first)
+        p_x, projection = x.data_ptr(), recipe.projection(x.shape[-1], batch_first)
     if projection is None:  # before the others: what it writes would push the freshly filled sequences out of L2
         gi = input_projection(x, params[: call.D * each : each], plan.tf32)
         p_gi = gi.data_ptr()
@@ -329,29 +358,29 @@ def _launch(
     state_bytes = recipe.batch * recipe.hidden * recipe.size_each  # of one lane
     gates = below = None
     if places.reserve:
-        # layer_outputs [L-1, T, B, D*H], then gates [L, D, T, B, 4, H]
+        # layer_outputs [L-1, N, D*H], then gates [L, D, N, 4, H]
         below = places.reserve
-        gates = below + recipe.steps * state_bytes * ((call.L - 1) * call.D + 4 * first)
+        gates = below + recipe.rows * recipe.hidden * recipe.size_each * ((call.L - 1) * call.D + 4 * first)
     masks = places.masks if recipe.handed_bytes else None
     addresses = p_x, p_gi, places.hx + first * state_bytes, [p.data_ptr() for p in params], out.data_ptr()
     recipe.launch(
-        room, workspace.data_ptr(), *addresses, places.h_n + first * state_bytes, gates, below, masks,
+        room, workspace.data_ptr(), *addresses, places.h_n + first * state_bytes, gates, below, masks, places.offsets,
         aligned=not (p_x | out.data_ptr() | (gates or 0)) % 16,
     )  # fmt: skip
 
 
 def dense(x: Tensor) -> tuple[Tensor, bool]:
-    """x [T, B, I] with its elements side by side, and whether they are so as [B, T, I]."""
+    """x [T, B, I] or [N, I] with its elements side by side, and whether they are so as [B, T, I]."""
     if x.is_contiguous():
         return x, False
-    if x.transpose(0, 1).is_contiguous():
+    if x.dim() == 3 and x.transpose(0, 1).is_contiguous():
         return x, True
     return x.contiguous(), False
 
 
 def input_projection(x: Tensor | Sequence[Tensor], weights: Sequence[Tensor], tf32: bool) -> Tensor:
-    """x W^T without bias: [T*B, 3H], or [2, T*B, 3H] of two directions, or of a pair, whose inputs are two."""
-    rows = [t.reshape(-1, t.shape[2]) for t in ((x,) if isinstance(x, Tensor) else x)]
+    """x W^T without bias: [N, 3H], or [2, N, 3H] of two directions, or of a pair, whose inputs are two."""
+    rows = [t.flatten(0, -2) for t in ((x,) if isinstance(x, Tensor) else x)]
     with torch_hooks.products(rows[0].dtype, tf32=tf32):
         if len(weights) == 1:
             return torch.mm(rows[0], weights[0].t())

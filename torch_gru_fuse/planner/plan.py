@@ -19,6 +19,7 @@ from torch_gru_fuse.planner.whole_sequence import (
     ResidentPlan,
     StagedPlan,
     WholeSequencePlan,
+    packed_plan,
     plan_whole_sequence,
     plan_whole_sequence_backward,
     predict,
@@ -256,9 +257,42 @@ def _plan_gru_pair(
     )  # fmt: skip
 
 
-def plan_gru_packed(N: int, I: int, H: int, L: int, D: int, dtype: str, *, training: bool) -> Plan:
-    """Plan of packed sequences: N rows of all time steps, I inputs, H units, L layers, D directions."""
-    return Plan("torch", None, False, "no kernels for sequences of different lengths yet")
+def plan_gru_packed(
+    T: int, B: int, I: int, H: int, L: int, D: int, dtype: str, *, tf32_allowed: bool, training: bool,
+    unsupported: str | None = None, gpu: GPU | None = None,
+) -> Plan:  # fmt: skip
+    """Plan of packed sequences: T steps of the longest, B sequences; the rest as in `plan_gru`.
+
+    "whole" or "torch": there are no launches of single steps.
+    """
+    if unsupported is not None:
+        return Plan("torch", None, False, unsupported)
+    return _plan_gru_packed(T, B, H, L, D, dtype, tf32_allowed, training, choice(), gpu)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_gru_packed(
+    T: int, B: int, H: int, L: int, D: int, dtype: str, tf32_allowed: bool, training: bool, choice: str, gpu: GPU | None
+) -> Plan:
+    tf32 = dtype == "torch.float32" and tf32_allowed and uses_tf32(T, B, H, training=training)
+    own = functools.partial(Plan, "torch", None, tf32)
+    if choice in ("torch", "step"):
+        return own("asked for" if choice == "torch" else "no launches of single steps for packed sequences")
+    whole, backward = _whole(B, H, L, D, dtype, tf32, gpu), None
+    if isinstance(whole, WholeSequencePlan):
+        packed = functools.partial(packed_plan, multiprocessors=gpu.multiprocessors)
+        whole = packed(whole, B, H, _BYTES[dtype])
+        if training:
+            backward = _whole_backward(B, H, L, D, dtype, tf32, gpu)
+            if backward is not None:
+                backward = packed(backward, B, H, _BYTES[dtype], backward=True)
+            if not isinstance(backward, WholeSequencePlan):
+                whole = backward or "there is no launch for the backward of whole sequences"
+    if isinstance(whole, str):
+        return own(whole)
+    if choice == "auto":
+        return own("kernels for packed sequences are not measured on a GPU yet; TORCH_GRU_FUSE_KERNELS=triton asks for them")
+    return Plan("whole", None, tf32, "asked for", whole=whole, backward=backward)
 
 
 @functools.lru_cache(maxsize=4096)

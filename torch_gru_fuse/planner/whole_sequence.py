@@ -12,7 +12,7 @@ check with the compiler.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ __all__ = [
     "StagedPlan",
     "WavefrontPlan",
     "WholeSequencePlan",
+    "packed_plan",
     "plan_resident",
     "plan_resident_backward",
     "plan_staged",
@@ -254,6 +255,48 @@ def plan_resident_backward(hidden: int, element_bytes: int) -> ResidentPlan | No
     if units > 128 or (units, element_bytes) == (128, 4):  # spills, and T=200, B=128 takes 0.88 ms, by the wavefront 0.67
         return None
     return ResidentPlan(units, rows=8, num_warps=units // 16)
+
+
+# Bytes of a row of units of ``resident``, forward and backward, up to which packed sequences spill nothing: with 128 fp32 units
+# the forward spills 8 to 24 bytes, with 64, or 128 of half precision, the backward 32 to 256.
+_PACKED_RESIDENT_BYTES = {False: 256, True: 128}
+
+
+def _packed_staged_backward(kernel: StagedPlan, hidden: int, element_bytes: int) -> StagedPlan:
+    """The same rows a program without spills: as planned, these would spill 4 to 88 bytes."""
+    padded = _padded(hidden)
+    if (padded, element_bytes) == (256, 2) and kernel.rows == 16:
+        return replace(kernel, rows=8, tiles=2 * kernel.tiles)
+    if (padded, element_bytes) == (256, 4) and kernel.tiles == 2:
+        return replace(kernel, pieces=3, share=2)
+    if (padded, element_bytes) == (512, 2) and kernel.tiles == 2:
+        return replace(kernel, pieces=3)
+    return kernel
+
+
+def packed_plan(
+    plan: WholeSequencePlan, batch: int, hidden: int, element_bytes: int, *, backward: bool = False, multiprocessors: int = 128
+) -> WholeSequencePlan | str:
+    """What runs packed sequences in the place of a plan, or why there is nothing.
+
+    A program runs the same rows, if not as long.
+    """
+    kernel = plan.kernel
+    if hidden % 16:
+        return f"H = {hidden}: packed sequences need a multiple of 16"
+    if isinstance(kernel, StagedPlan):
+        if backward:
+            return replace(plan, kernel=_packed_staged_backward(kernel, hidden, element_bytes))
+        return replace(plan, kernel=replace(kernel, ring=False))  # rows of a ring all have the same number of steps
+    if isinstance(kernel, ResidentPlan) and kernel.units * element_bytes > _PACKED_RESIDENT_BYTES[backward]:
+        if backward:
+            wavefront = _wavefront_backward(batch, hidden, plan.lanes, element_bytes, False, multiprocessors)
+        else:
+            wavefront = _wavefront(batch, hidden, plan.lanes, element_bytes, False, multiprocessors)
+        if isinstance(wavefront, WavefrontPlan):
+            return WholeSequencePlan(plan.lanes, wavefront)
+        return wavefront or f"batch {batch}: more programs of the backward than {multiprocessors} multiprocessors hold"
+    return plan
 
 
 def why_no_plan(

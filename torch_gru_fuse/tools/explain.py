@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from torch_gru_fuse import switch, torch_hooks
-from torch_gru_fuse.ops.call import GRUCall, PairCall
+from torch_gru_fuse.ops import packed_path
+from torch_gru_fuse.ops.call import GRUCall, PackedCall, PairCall
 from torch_gru_fuse.ops.schemas import ops
 from torch_gru_fuse.ops.support import why_not_kernels
 from torch_gru_fuse.passes.nodes import value
 from torch_gru_fuse.passes.rewrite import Rewrite, rewrite, rewrites
-from torch_gru_fuse.planner.plan import plan_gru_cell, plan_gru_packed
+from torch_gru_fuse.planner.plan import plan_gru_cell
 
 
 @dataclass(frozen=True)
@@ -204,11 +205,11 @@ def _plan(node: Node) -> str:
             return f"two calls ({both})"
         plan = both
     elif node.target is ops.gru_packed.default:
-        data, _, h, params, _, layers, _, _, bidirectional = tensors  # type: ignore[misc]
-        plan = plan_gru_packed(
-            *data.shape, h.shape[2], layers, 2 if bidirectional else 1, str(data.dtype),
-            training=_is_differentiated([data, h, *params]),
-        )  # fmt: skip
+        data, sizes, h, params, has_biases, layers, _, _, bidirectional = tensors  # type: ignore[misc]
+        call = PackedCall(data, sizes, h, params, has_biases, layers, bidirectional, None)
+        if torch_hooks.depends_on_data(call.T) or torch_hooks.depends_on_data(call.B):
+            return "by the lengths of each call, a kernel of whole sequences or PyTorch's own GRU (cuDNN)"
+        plan = packed_path.plan_of(call, training=_is_differentiated([data, h, *params]))
     else:
         from torch_gru_fuse.ops.kernel_path import plan_uncaptured  # imports Triton
 
