@@ -72,7 +72,6 @@ def test_torch_itself_holds_text_in_four_languages():
 # ---- the command --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.versions
 def test_demo_trains_through_the_fused_ops_and_agrees():
     command = [sys.executable, "-m", "torch_gru_fuse", "demo", "--device", "cpu", "--steps", "3", "--json"]
     done = subprocess.run(command, capture_output=True, text=True)

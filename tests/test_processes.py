@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.versions
-
 _SCRIPT = """
 import json, sys
 import torch
@@ -64,6 +62,7 @@ def python(code, *args, cache=None, **environment):
     return done.stdout
 
 
+@pytest.mark.versions
 def test_processes_share_a_cache_and_never_a_wrong_entry(tmp_path):
     def run(mode):
         result = json.loads(python(_SCRIPT, mode, cache=tmp_path).splitlines()[-1])
@@ -96,6 +95,7 @@ def installed_only(test):
     return pytest.mark.skipif(not _installed(), reason="the package is not installed: pip install -e .")(test)
 
 
+@pytest.mark.versions
 @installed_only
 @pytest.mark.parametrize(("value", "expected"), [("1", "True"), ("0", "False"), (None, "False")])
 def test_environment_variable_enables(value, expected):
@@ -103,6 +103,7 @@ def test_environment_variable_enables(value, expected):
     assert python(_ENABLED, **environment).strip() == expected
 
 
+@pytest.mark.versions
 @installed_only
 def test_environment_variable_rewrites_unchanged_code():
     code = """
@@ -112,6 +113,7 @@ print(torch.compile(torch.nn.GRU(3, 4), fullgraph=True)(torch.randn(3, 2, 3))[0]
     assert "torch.Size([3, 2, 4])" in python(code, TORCH_GRU_FUSE="1")
 
 
+@pytest.mark.versions
 @installed_only
 def test_backend_by_its_name():
     code = """
@@ -126,6 +128,7 @@ print(torch_gru_fuse.is_enabled(), len(torch_gru_fuse.rewrites()))
     assert python(code).split() == ["True", "True", "False", "1"]
 
 
+@pytest.mark.versions
 def test_importing_the_package_imports_neither_dynamo_nor_triton():
     code = """
 import sys, torch

@@ -27,8 +27,6 @@ from torch_gru_fuse.planner.plan import Plan
 from torch_gru_fuse.planner.stream import StreamPlan
 from torch_gru_fuse.planner.whole_sequence import ResidentPlan, WavefrontPlan, WholeSequencePlan
 
-pytestmark = pytest.mark.versions
-
 
 def interpreted_launcher(kernel, device, constants, types):
     """Runs ``stream_kernel`` at the addresses that it is given."""
