@@ -58,7 +58,7 @@ def _cell_shape(
 ) -> Tensor:
     """The same for `torch.gru_cell`.  A loop asks once a step; most of the time goes where something is differentiated."""
     tensors = input, hx, w_ih, w_hh, b_ih, b_hh
-    if is_differentiated(tensors):
+    if not torch_hooks.is_below_autograd() and is_differentiated(tensors):
         return ops.gru_cell.default(*tensors)
     check_gru_cell(*tensors)
     return hx.new_empty(hx.shape)

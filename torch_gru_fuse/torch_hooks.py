@@ -90,6 +90,11 @@ def call_below(op: Callable[..., Any], *args: Any) -> Any:
         return op(*args)
 
 
+def is_below_autograd() -> bool:
+    """Whether the dispatcher has taken off autograd, or somebody has switched it off: kernels, and bodies of `scan`."""
+    return torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality)
+
+
 def has_forward_tangent(tensors: Iterable[Tensor | None]) -> bool:
     """Whether forward-mode AD is active and one of `tensors` carries a tangent."""
     # While a graph of Dynamo is traced, a transform or a mode is active, and the level is known to C++ alone.

@@ -245,13 +245,15 @@ def staged_kernel(
     rows = gl.cast(B, gl.int64)
     steps = T * rows
     last = steps - B
-    if p_offsets is not None:
+    sign = 1 - 2 * l
+    if p_offsets is None:
+        first = l * (2 * steps - B)  # as a sum with last 8 bytes spill on sm_89
+    else:
         p_lengths = p_offsets + (T + 1)
         steps = gl.cast(gl.load(p_offsets + T), gl.int64)
         T = gl.load(p_lengths + i_b * (TILES * N))
         last = gl.cast(gl.load(p_offsets + (T - 1)), gl.int64)
-    sign = 1 - 2 * l
-    first = l * (steps + last)
+        first = l * (steps + last)
     if PAIRED is not None:
         back = walks_back(l, PAIRED)
         sign = 1 - 2 * back
