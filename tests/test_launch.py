@@ -1,5 +1,7 @@
 """Launching what Triton has compiled: when it is the same code, and what the driver's refusals become.  No GPU is needed."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -133,6 +135,22 @@ def test_later_launches_go_to_the_driver(nested, monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime.launch_exit_hook, "calls", [lambda metadata: None])
     code.start((1, 1, 1), 7, (0, (1, 2), None, 5, True))
     assert run.calls == 2 and run.driven[-1][8] == "metadata"
+
+
+def test_threads_that_launch_at_once():
+    """Each first launch sees Triton's own function, not what another thread has put in its place."""
+    run, threads = TritonLauncher(True), 8
+    barrier = threading.Barrier(threads)
+    codes = [module.Code(SimpleNamespace(run=run, function=11, packed_metadata=None)) for _ in range(threads)]
+
+    def launches(code):
+        barrier.wait()
+        for i in range(20):
+            code.start((1, 1, 1), 7, (i, 64))
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(launches, codes))
+    assert run.launch == run.drive and len(run.driven) == 20 * threads and run.calls == threads
 
 
 class AddsValues(TritonLauncher):

@@ -8,6 +8,7 @@ pointers are all multiples of 16, as nearly all are, take the short way.
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -41,6 +42,9 @@ class Pointer:
         return self.address
 
 
+_seeing = threading.Lock()  # one at a time changes what a launcher of Triton calls
+
+
 class Code:
     """What Triton has compiled, to be launched with addresses.
 
@@ -62,7 +66,8 @@ class Code:
                 metadata = self.compiled.launch_metadata(grid, stream, *values)
                 self._run(grid, stream, values, metadata, enter, leave)
             elif self._direct is None:
-                self._direct = self._seen(grid, stream, values)
+                with _seeing:
+                    self._direct = self._seen(grid, stream, values)
             else:
                 self._direct(grid, stream, values)
         except RuntimeError as error:

@@ -73,19 +73,8 @@ class _Layers:
         return self.input if layer == 0 else self.mask(layer_outputs[layer - 1], layer - 1)
 
 
-class _GRUFields(NamedTuple):
-    input: Tensor  # [T, B, I]
-    hx: Tensor  # [L*D, B, H]
-    params: list[Tensor]  # of each state w_ih, w_hh and, with biases, b_ih, b_hh
-    has_biases: bool
-    num_layers: int
-    bidirectional: bool
-    dropout_masks: Tensor | None  # [L-1, T, B, D*H]
-    keep: Tensor | None = None  # [T, B]
-
-
-class GRUCall(_GRUFields, _Layers):
-    """What `gru_forward` and `gru_backward` have in common: time-major input, parameters, masks and resets."""
+class _TimeMajor(_Layers):
+    """Those whose input is [T, B, I]."""
 
     __slots__ = ()
 
@@ -101,6 +90,23 @@ class GRUCall(_GRUFields, _Layers):
     def N(self) -> int:
         """Rows of all steps."""
         return self.T * self.B
+
+
+class _GRUFields(NamedTuple):
+    input: Tensor  # [T, B, I]
+    hx: Tensor  # [L*D, B, H]
+    params: list[Tensor]  # of each state w_ih, w_hh and, with biases, b_ih, b_hh
+    has_biases: bool
+    num_layers: int
+    bidirectional: bool
+    dropout_masks: Tensor | None  # [L-1, T, B, D*H]
+    keep: Tensor | None = None  # [T, B]
+
+
+class GRUCall(_GRUFields, _TimeMajor):
+    """What `gru_forward` and `gru_backward` have in common: time-major input, parameters, masks and resets."""
+
+    __slots__ = ()
 
     def empty_results(self, save: bool) -> tuple[Tensor, Tensor, Tensor]:
         """output, h_n and reserve, allocated as the fake implementation says."""
@@ -143,7 +149,7 @@ class _PairFields(NamedTuple):
     reverse: list[bool]  # which of the two go through time backwards
 
 
-class PairCall(_PairFields, _Layers):
+class PairCall(_PairFields, _TimeMajor):
     """The same of `gru_pair_forward` and `gru_pair_backward`; the two layers take the place of two directions of one."""
 
     __slots__ = ()
@@ -153,19 +159,6 @@ class PairCall(_PairFields, _Layers):
     def input(self) -> Tensor:
         """One of the two, which have T, B, dtype and device in common."""
         return self.inputs[0]
-
-    @property
-    def T(self) -> int:
-        return self.input.shape[0]
-
-    @property
-    def B(self) -> int:
-        return self.input.shape[1]
-
-    @property
-    def N(self) -> int:
-        """Rows of all steps, of one of the two."""
-        return self.T * self.B
 
     @property
     def D(self) -> int:
