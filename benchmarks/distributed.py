@@ -48,6 +48,8 @@ warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
 
 #: torch.compile splits the graph of a DDP model into parts whose parameters fill a bucket: here behind the GRU, if H >= 256.
 BUCKET_MB, OUTPUTS = 1.0, 1024
+# Losses of float16 are scaled, or their gradients are too small for it; the learning rate undoes it, exactly.
+SCALE = {None: 1.0, "bfloat16": 1.0, "float16": 2.0**14}
 WARM_UP = 2  # steps that are not timed: the first compiles, the second may allocate
 
 
@@ -134,14 +136,14 @@ def train(wrap: Callable[..., nn.Module], mesh: DeviceMesh | None, model: nn.Mod
     device = batches[0][0].device
     model = copy.deepcopy(model)
     forward = wrap(model, mesh)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5 / SCALE[a.autocast], momentum=0.9)
     dtype = getattr(torch, a.autocast) if a.autocast else None
 
     def step(x: Tensor, y: Tensor) -> Tensor:
         optimizer.zero_grad()
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
             loss = nn.functional.cross_entropy(forward(x).flatten(0, 1), y.flatten())
-        loss.backward()
+        (loss * SCALE[a.autocast]).backward()
         optimizer.step()
         return loss.detach()
 

@@ -1,18 +1,24 @@
 """Packed sequences: the kernels of whole sequences against cuDNN, both called eagerly.
 
     python benchmarks/packed.py [--shapes speech,deep] [--dtypes tf32,fp16] [--seconds 50]
+    python benchmarks/packed.py --grid --seconds 300 --json docs/results/packed-sweep-h200.json
 
 Lengths are uniform between a quarter of T and T.  Outputs, final states and gradients are compared with PyTorch's operations
 in float64 first, and a second run has to give the same bits; where the error is more than three times cuDNN's, no time is
-shown.  "gpu" is what the GPU takes of a call, by events around calls that are queued behind a long kernel, "wall" what a call
-takes from one synchronisation to the next, host included.  Training is forward and backward through the op, of cuDNN through
+shown.  "gpu" is what the GPU takes of a call, by events: of cuDNN around the replay of a CUDA graph, of ours, which no graph
+may hold, around a call that is queued behind a long kernel; "wall" is what a call takes from one synchronisation to the next,
+host included.  Weights lie as cuDNN wants them.  Training is forward and backward through the op, of cuDNN through
 `torch.gru`; "auto" is what the op runs by itself.  The table comes line by line; what does not fit into --seconds is left out.
+--grid runs a grid of sizes in their place, whose kernels several processes compile first.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
+import json
+import multiprocessing
 import os
 import statistics
 import time
@@ -28,6 +34,10 @@ from torch_gru_fuse.ops import packed_path, torch_path
 from torch_gru_fuse.ops.call import PackedCall
 
 DTYPES = {"tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+COLUMNS = (
+    "T", "B", "I", "H", "layers", "directions", "dtype", "training", "cudnn_gpu_ms", "gpu_ms", "cudnn_wall_ms", "wall_ms",
+    "cudnn_rms_error", "rms_error", "plan",
+)  # fmt: skip
 
 
 class Shape(NamedTuple):
@@ -37,6 +47,9 @@ class Shape(NamedTuple):
     H: int
     L: int
     D: int
+
+    def __str__(self):
+        return "x".join(map(str, self))
 
 
 SHAPES = {
@@ -50,6 +63,20 @@ SHAPES = {
     "wide": Shape(128, 512, 128, 256, 1, 1),
 }
 
+#: Batches by H, as far as there are plans.
+GRID_BATCHES = {
+    16: (1, 64, 512), 64: (1, 16, 128, 1024), 128: (1, 32, 128, 512), 256: (1, 8, 32, 128, 512), 512: (1, 8, 32, 128, 512),
+    1024: (1, 16, 64),
+}  # fmt: skip
+GRID_STEPS, GRID_STACKS = (32, 100), ((1, 1), (2, 1), (1, 2))  # layers, directions
+
+
+def grid() -> Iterator[list[Shape]]:
+    """Lists of shapes that differ in T, so that they have their kernels in common."""
+    for H, batches in GRID_BATCHES.items():
+        for B, (L, D) in itertools.product(batches, GRID_STACKS):
+            yield [Shape(T, B, max(64, H // 2), H, L, D) for T in GRID_STEPS]
+
 
 class Problem:
     """Arguments of the op, and what float64 makes of them."""
@@ -61,6 +88,7 @@ class Problem:
         self.lengths = lengths.tolist()
         sizes = torch.tensor([int((lengths > t).sum()) for t in range(shape.T)])
         module = torch.nn.GRU(shape.I, shape.H, shape.L, bidirectional=shape.D == 2)
+        self.shape, self.dtype = shape, dtype
         # of values that fp16, bf16 and tf32 hold: operands are then the same everywhere
         grid = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
 
@@ -69,7 +97,11 @@ class Problem:
 
         self.data = make(torch.randn(sum(self.lengths), shape.I))
         self.hx = make(torch.randn(shape.L * shape.D, shape.B, shape.H))
-        self.params = [make(p) for p in module._flat_weights]
+        with torch.no_grad():
+            for p in module.parameters():
+                p.copy_(p.to(grid))
+        module.to("cuda", dtype)  # and lets cuDNN have them as it wants them
+        self.params = list(module._flat_weights)
         self.sizes, self.flags = sizes, (True, shape.L, 0.0, True, shape.D == 2)
         self.grads = [torch.randn(self.data.shape[0], shape.D * shape.H).to(grid).to("cuda", dtype),
                       torch.randn(self.hx.shape).to(grid).to("cuda", dtype)]  # fmt: skip
@@ -103,31 +135,48 @@ def error(actual: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     return worst if worst == worst else float("inf")
 
 
-def milliseconds(run: Callable[[], object], seconds: float) -> tuple[float, float]:
-    """Medians of what the GPU takes of a call, and of a call with its host."""
+def medians(measure: Callable[[], float], seconds: float, least: int) -> float:
+    """Of so many measurements at least, and of more while there is time."""
+    until, values = time.perf_counter() + seconds, []
+    while len(values) < least or (time.perf_counter() < until and len(values) < 50):
+        values.append(measure())
+    return statistics.median(values)
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Milliseconds of a call, from one synchronisation to the next."""
+    begin = time.perf_counter()
     run()
     torch.cuda.synchronize()
-    wall, calls = [], 0
-    until = time.perf_counter() + seconds / 2
-    while calls < 3 or (time.perf_counter() < until and calls < 50):
-        begin = time.perf_counter()
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def on_gpu(run: Callable[[], object], host_ms: float = 0.0) -> float:
+    """What the GPU takes of a call; host_ms: of a kernel behind which it is queued, so that the host is done before."""
+    if host_ms:
+        torch.cuda._sleep(int(2e6 * min(200.0, host_ms)))  # cycles
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    run()
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last)
+
+
+def graph_of(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of a call that has run before."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # libraries that are first used on a stream cannot begin while it is captured
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
         run()
-        torch.cuda.synchronize()
-        wall.append(time.perf_counter() - begin)
-        calls += 1
-    # behind a kernel that keeps the GPU busy while the host queues: events then enclose nothing but the GPU's work
-    host = max(wall)
-    gpu = []
-    until = time.perf_counter() + seconds / 2
-    while len(gpu) < 3 or (time.perf_counter() < until and len(gpu) < 30):
-        torch.cuda._sleep(int(min(0.2, 1.5 * host) * 1.5e9))
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        run()
-        last.record()
-        torch.cuda.synchronize()
-        gpu.append(first.elapsed_time(last))
-    return statistics.median(gpu), statistics.median(wall) * 1e3
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph
 
 
 def ours(*args: object) -> tuple[Tensor, Tensor]:
@@ -143,16 +192,17 @@ def ours(*args: object) -> tuple[Tensor, Tensor]:
             os.environ["TORCH_GRU_FUSE_KERNELS"] = before
 
 
-def lines(name: str, shape: Shape, dtype_name: str, seconds: float) -> Iterator[str]:
-    problem = Problem(shape, DTYPES[dtype_name])
+def rows(problem: Problem, seconds: float) -> Iterator[tuple[str, list | None]]:
+    """Of inference and training: what to print, and what COLUMNS say, if there is something."""
+    shape, dtype = problem.shape, problem.dtype
     os.environ["TORCH_GRU_FUSE_KERNELS"] = "triton"
     plans = {training: packed_path.plan_of(problem.call(), training=training) for training in (False, True)}
     del os.environ["TORCH_GRU_FUSE_KERNELS"]
     exact = problem.exact()
     for training, plan in plans.items():
-        start = f"{name:7} {dtype_name:5} {'train' if training else 'infer':6}"
+        start = "train " if training else "infer "
         if plan.whole is None:
-            yield f"{start} no kernel: {plan.reason}"
+            yield f"{start} no kernel: {plan.reason}", None
             continue
         run = problem.train if training else problem.forward
         results = run(ours)
@@ -160,19 +210,36 @@ def lines(name: str, shape: Shape, dtype_name: str, seconds: float) -> Iterator[
         wanted = exact[: len(results)]
         own, theirs = error(results, wanted), error(run(torch.gru), wanted)
         if own > 3 * theirs + 1e-6:
-            yield f"{start} WRONG: error {own:.1e}, cuDNN's {theirs:.1e}  {plan.whole}"
+            yield f"{start} WRONG: error {own:.1e}, cuDNN's {theirs:.1e}  {plan.whole}", None
             continue
         if not all(torch.equal(a, b) for a, b in zip(results, run(ours), strict=True)):
-            yield f"{start} WRONG: another run gives other bits  {plan.whole}"
+            yield f"{start} WRONG: another run gives other bits  {plan.whole}", None
             continue
-        gpu, wall = milliseconds(functools.partial(run, ours), seconds / 4)
-        cudnn_gpu, cudnn_wall = milliseconds(functools.partial(run, torch.gru), seconds / 4)
+        own_call, cudnn_call = functools.partial(run, ours), functools.partial(run, torch.gru)
+        wall, cudnn_wall = (medians(functools.partial(timed, call), seconds / 4, 9) for call in (own_call, cudnn_call))
+        gpu = medians(functools.partial(on_gpu, own_call, 3 * wall + 1), seconds / 4, 5)
+        cudnn_gpu = medians(functools.partial(on_gpu, graph_of(cudnn_call).replay), seconds / 4, 5)
         torch_gru_fuse.check_errors()
         auto = packed_path.plan_of(problem.call(), training=training).kernel
+        text = f"{plan.whole}{f' {plan.backward}' if training else ''}"
         yield (
             f"{start}{cudnn_gpu:9.3f}{gpu:9.3f}{cudnn_gpu / gpu:7.2f}x{cudnn_wall:9.3f}{wall:9.3f}{cudnn_wall / wall:7.2f}x"
-            f" {own:8.1e} {theirs:8.1e} {auto:6} {plan.whole}{f' {plan.backward}' if training else ''}"
-        )
+            f" {own:8.1e} {theirs:8.1e} {auto:6} {text}",
+            [*shape, str(dtype).removeprefix("torch."), training, *(round(ms, 4) for ms in (cudnn_gpu, gpu, cudnn_wall, wall)),
+             float(f"{theirs:.2e}"), float(f"{own:.2e}"), text],
+        )  # fmt: skip
+
+
+def prepare_kernels(shapes: Sequence[Shape], dtype: torch.dtype) -> None:
+    """Compiles the kernels of shapes; what fails here fails again, and is said, where it is measured."""
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        problem = Problem(shapes[0], dtype)
+        for run in (problem.forward, problem.train):
+            run(ours)
+        torch.cuda.synchronize()
+    except RuntimeError:
+        pass
 
 
 def main() -> None:
@@ -180,26 +247,46 @@ def main() -> None:
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--dtypes", default="tf32,fp16")
     parser.add_argument("--seconds", type=float, default=50.0)
+    parser.add_argument("--grid", action="store_true", help="a grid of sizes in the place of --shapes")
+    parser.add_argument("--json", help="file for what was measured, as columns and rows")
     arguments = parser.parse_args()
     torch.backends.cudnn.allow_tf32 = True
-    names, dtypes = arguments.shapes.split(","), arguments.dtypes.split(",")
+    dtypes = arguments.dtypes.split(",")
     until = time.perf_counter() + arguments.seconds
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}; ms")
     columns = f"{'cuDNN gpu':>9}{'ours':>9}{'':8}{'wall':>9}{'ours':>9}{'':8}"
-    print(f"{'shape':7} {'dtype':5} {'':6}{columns} rms error, cuDNN's, auto, plan")
-    left = len(names) * len(dtypes)
-    for name in names:
+    print(f"{'shape':22} {'dtype':5} {'':6}{columns} rms error, cuDNN's, auto, plan")
+    shapes = {name: SHAPES[name] for name in arguments.shapes.split(",")}
+    if arguments.grid:
+        shapes = {str(shape): shape for some in grid() for shape in some}
+        with multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 2) - 1)) as pool:
+            pool.starmap(prepare_kernels, [(some, DTYPES[name]) for some in grid() for name in dtypes], chunksize=1)
+        print(f"kernels compiled, {until - time.perf_counter():.0f} s left", flush=True)
+    left, measured = len(shapes) * len(dtypes), []
+    for name, shape in shapes.items():
         for dtype_name in dtypes:
             rest = until - time.perf_counter()
+            start = f"{name:22} {dtype_name:5}"
             if rest < 1:
-                print(f"{name:7} {dtype_name:5} left out: --seconds are over")
+                print(f"{start} left out: --seconds are over")
                 continue
             try:
-                for line in lines(name, SHAPES[name], dtype_name, min(2.0, 0.3 * rest / left)):
-                    print(line, flush=True)
+                for line, row in rows(Problem(shape, DTYPES[dtype_name]), min(2.0, 0.3 * rest / left)):
+                    print(start, line, flush=True)
+                    measured += [] if row is None else [row]
             except RuntimeError as reason:  # the next shape may still run
-                print(f"{name:7} {dtype_name:5} {str(reason).splitlines()[0]}", flush=True)
+                print(start, str(reason).splitlines()[0], flush=True)
+                torch.cuda.synchronize()
             left -= 1
+    if arguments.json:
+        context = {
+            "device": torch.cuda.get_device_name(), "torch": torch.__version__, "cudnn": torch.backends.cudnn.version(),
+            "command": f"python benchmarks/packed.py {'--grid ' if arguments.grid else ''}--json FILE",
+            "what": "medians; gpu: cuDNN replayed from a CUDA graph, ours queued behind a long kernel; wall: eager calls",
+        }  # fmt: skip
+        with open(arguments.json, "w") as file:
+            lines = ",\n".join(json.dumps(row) for row in measured)
+            file.write(f'{{"context": {json.dumps(context)},\n"columns": {json.dumps(COLUMNS)},\n"rows": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Plans are values: pure, hashable, with a reason, made without Triton and without a GPU."""
 
+import json
 import re
 import subprocess
 import sys
@@ -241,12 +242,32 @@ def packed(T=512, B=32, H=256, L=2, D=1, dtype="torch.float16", **options):
 @pytest.mark.parametrize(
     "sizes", [{}, {"B": 64, "H": 128, "D": 2}, {"B": 10, "L": 6}, {"B": 64, "H": 64}, {"B": 1}, {"B": 256}], ids=str
 )
-def test_packed_sequences_run_in_one_launch_if_asked_for(sizes, dtype, training, choose):
+def test_packed_sequences_run_in_one_launch(sizes, dtype, training, choose):
     chosen = packed(**sizes, dtype=dtype, training=training)
-    assert chosen.kernel == "torch" and "not measured on a GPU yet; TORCH_GRU_FUSE_KERNELS=triton" in chosen.reason
+    assert chosen.kernel == "whole" and "faster than cuDNN" in chosen.reason and (chosen.backward is not None) == training
+    # all lengths have one plan, by whose identity launches are found
+    longer = packed(**sizes, dtype=dtype, training=training, T=700)
+    assert longer.whole is chosen.whole and longer.backward is chosen.backward
+    short = packed(**sizes, dtype=dtype, training=training, T=16)
+    assert short.kernel == "torch" and "cuDNN is faster" in short.reason
     choose("triton")
-    chosen = packed(**sizes, dtype=dtype, training=training)
-    assert chosen.kernel == "whole" and chosen.reason == "asked for" and (chosen.backward is not None) == training
+    chosen = packed(**sizes, dtype=dtype, training=training, T=16)
+    assert chosen.kernel == "whole" and chosen.reason == "asked for" and chosen.whole is longer.whole
+
+
+def test_no_packed_sequences_that_were_measured_to_be_slower_are_taken():
+    """What the op takes by itself is faster than cuDNN, on the GPU and from call to call."""
+    measured = json.loads((Path(__file__).parents[1] / "docs/results/packed-sweep-h200.json").read_text())
+    rows = [dict(zip(measured["columns"], row, strict=True)) for row in measured["rows"]]
+    ratios = []
+    for row in rows:
+        sizes = {name: row[name] for name in "TBH"} | {"L": row["layers"], "D": row["directions"]}
+        options = {"dtype": f"torch.{row['dtype']}", "training": row["training"], "gpu": gpu_named("h200")}
+        if packed(**sizes, **options).kernel == "whole":
+            ratios.append((row["cudnn_gpu_ms"] / row["gpu_ms"], row["cudnn_wall_ms"] / row["wall_ms"]))
+    assert len(ratios) > len(rows) / 3
+    gpu, wall = zip(*ratios, strict=True)
+    assert min(gpu) > 1 and min(wall) > 1
 
 
 @pytest.mark.parametrize(

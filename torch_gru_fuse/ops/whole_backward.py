@@ -52,8 +52,8 @@ def _recipe(
 ) -> _Recipe:
     x, packed = call.input, isinstance(call, PackedCall)
     key = (
-        packed, call.T, call.hx.shape, x.dtype, x.get_device(), id(whole), call.bidirectional, has_dy, has_dhn, masked,
-        call.pair, timeouts.timeout_ns(),
+        "packed" if packed else call.T, call.hx.shape, x.dtype, x.get_device(), id(whole), call.bidirectional, has_dy,
+        has_dhn, masked, call.pair, timeouts.timeout_ns(),
     )  # fmt: skip
     found = _recipes.get(key)
     if found is None:

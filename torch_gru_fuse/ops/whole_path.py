@@ -121,14 +121,15 @@ class _Recipe:
             end += size
         return _Room(end, *places[1:], projection)
 
-    def of_rows(self, rows: int) -> _Recipe:
-        """The same for packed sequences of so many rows."""
-        if rows == self.rows:
+    def of_lengths(self, steps: int, rows: int) -> _Recipe:
+        """The same for packed sequences of so many steps and rows."""
+        if (steps, rows) == (self.steps, self.rows):
             return self
         below_bytes = self.below_bytes // self.rows * rows
         grid = self.prepare_grid and (*self.prepare_grid_of(steps=rows), 1, 1)
+        handed_bytes = below_bytes if self.handed_bytes else 0
         return replace(
-            self, rows=rows, below_bytes=below_bytes, handed_bytes=below_bytes if self.handed_bytes else 0, prepare_grid=grid
+            self, steps=steps, rows=rows, below_bytes=below_bytes, handed_bytes=handed_bytes, prepare_grid=grid
         )
 
     def launch(
@@ -179,15 +180,15 @@ def recipe_of(call: GRUCall | PackedCall | PairCall, whole: WholeSequencePlan, s
     x, packed = call.input, isinstance(call, PackedCall)
     # The plan stands for itself: it is kept below, so no other has its id, and hashing it takes longer than all the rest.
     key = (
-        packed, call.T, x.shape[-1], call.hx.shape, x.dtype, x.get_device(), id(whole), call.bidirectional, call.has_biases,
-        save, call.dropout_masks is None, call.pair, timeouts.timeout_ns(), missing_programs,
+        "packed" if packed else call.T, x.shape[-1], call.hx.shape, x.dtype, x.get_device(), id(whole), call.bidirectional,
+        call.has_biases, save, call.dropout_masks is None, call.pair, timeouts.timeout_ns(), missing_programs,
     )  # fmt: skip
     found = _recipes.get(key)
     if found is None:
         if len(_recipes) >= 4096:
             _recipes.clear()
         found = _recipes[key] = _make_recipe(call, whole, save)
-    return found.of_rows(call.N) if packed else found  # of which there are others in every call
+    return found.of_lengths(call.T, call.N) if packed else found  # which are others in every call
 
 
 def _make_recipe(call: GRUCall | PackedCall | PairCall, whole: WholeSequencePlan, save: bool) -> _Recipe:
@@ -284,7 +285,8 @@ def sizes_of(call: GRUCall | PackedCall | PairCall) -> str:
     if call.pair is not None:
         return f"T={call.T}, B={call.B}, H={call.H}, reverse={list(call.reverse)}, {dtype}"
     inputs = call.input.shape[-1]
-    return f"T={call.T}, B={call.B}, I={inputs}, H={call.H}, num_layers={call.L}, bidirectional={call.bidirectional}, {dtype}"
+    steps = "" if isinstance(call, PackedCall) else f"T={call.T}, "  # calls of all lengths have one launch id
+    return f"{steps}B={call.B}, I={inputs}, H={call.H}, num_layers={call.L}, bidirectional={call.bidirectional}, {dtype}"
 
 
 def gru_forward(

@@ -126,6 +126,13 @@ def _training_is_faster(backward: WholeSequencePlan, T: int, B: int, H: int, ele
     return True
 
 
+# Packed sequences, H200, 144 shapes: T 32 and 100, B 1 to 1024, H 16 to 1024, 1 and 2 layers and directions, float32 with TF32
+# and float16, inference and training (docs/results/packed-sweep-h200.json).  All take the GPU less time than cuDNN's graph.
+# Called one by one both wait for the host: with 32 steps of one layer and direction 1.04 to 3.5 times as fast, in other runs
+# 0.8 to 2.7 times; with 8 steps half of all take longer.
+_PACKED_FROM_STEPS = {True: 64, False: 32}  # one layer and direction; more
+
+
 # Row offsets of the whole-sequence kernels are bytes in 32 bits; a row holds at most gi of two directions in float32.
 _MOST_BYTES = 2**31
 
@@ -278,21 +285,36 @@ def _plan_gru_packed(
     own = functools.partial(Plan, "torch", None, tf32)
     if choice in ("torch", "step"):
         return own("asked for" if choice == "torch" else "no launches of single steps for packed sequences")
-    whole, backward = _whole(B, H, L, D, dtype, tf32, gpu), None
-    if isinstance(whole, WholeSequencePlan):
-        packed = functools.partial(packed_plan, multiprocessors=gpu.multiprocessors)
-        whole = packed(whole, B, H, _BYTES[dtype])
-        if training:
-            backward = _whole_backward(B, H, L, D, dtype, tf32, gpu)
-            if backward is not None:
-                backward = packed(backward, B, H, _BYTES[dtype], backward=True)
-            if not isinstance(backward, WholeSequencePlan):
-                whole = backward or "there is no launch for the backward of whole sequences"
-    if isinstance(whole, str):
-        return own(whole)
+    launches = _packed_launches(B, H, L, D, dtype, tf32, training, gpu)
+    if isinstance(launches, str):
+        return own(launches)
+    whole, backward = launches
+    reason = "asked for"
     if choice == "auto":
-        return own("kernels for packed sequences are not measured on a GPU yet; TORCH_GRU_FUSE_KERNELS=triton asks for them")
-    return Plan("whole", None, tf32, "asked for", whole=whole, backward=backward)
+        if _PACKED_FROM_STEPS[L * D == 1] > T:
+            return own("cuDNN is faster than whole sequences in one launch, as far as was measured")
+        reason = "whole sequences in one launch, without their padding: faster than cuDNN"
+    return Plan("whole", None, tf32, reason, whole=whole, backward=backward)
+
+
+@functools.lru_cache(maxsize=4096)
+def _packed_launches(
+    B: int, H: int, L: int, D: int, dtype: str, tf32: bool, training: bool, gpu: GPU | None
+) -> tuple[WholeSequencePlan, WholeSequencePlan | None] | str:
+    """Forward and backward, or why there are none; for all T, of which there is another in each batch."""
+    whole = _whole(B, H, L, D, dtype, tf32, gpu)
+    if isinstance(whole, str):
+        return whole
+    packed = functools.partial(packed_plan, multiprocessors=gpu.multiprocessors)
+    whole = packed(whole, B, H, _BYTES[dtype])
+    if isinstance(whole, str) or not training:
+        return whole if isinstance(whole, str) else (whole, None)
+    backward = _whole_backward(B, H, L, D, dtype, tf32, gpu)
+    if backward is not None:
+        backward = packed(backward, B, H, _BYTES[dtype], backward=True)
+    if isinstance(backward, WholeSequencePlan):
+        return whole, backward
+    return backward or "there is no launch for the backward of whole sequences"
 
 
 @functools.lru_cache(maxsize=4096)
