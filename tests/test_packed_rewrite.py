@@ -11,7 +11,7 @@ import torch
 from problems import assert_same, tensors, value_and_grads
 from torch import nn
 from torch._dynamo.utils import counters
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 import torch_gru_fuse
 from torch_gru_fuse.backend import gru_fuse
@@ -176,6 +176,30 @@ def test_lengths_in_a_list(enabled, kind, enforce_sorted):
 ], ids=["int32", "list of tensors"])  # fmt: skip
 def test_other_kinds_of_lengths(enabled, lengths):
     parity(Tagger(), (batch()[0], lengths))
+
+
+class Sequences(Tagger):
+    """Sequences of their own sizes, as a data set has them."""
+
+    def forward(self, *sequences):
+        embedded = [torch.relu(self.embed(sequence)) for sequence in sequences]
+        packed, h = self.rnn(pack_sequence(embedded, self.enforce_sorted))
+        out, lengths = pad_packed_sequence(packed)
+        return self.out(out), h, lengths
+
+
+@SORTED
+def test_sequences_of_their_own_sizes(enabled, enforce_sorted):
+    generator = torch.Generator().manual_seed(0)
+
+    def sequences(*lengths):
+        return [torch.randn(n, 5, generator=generator) for n in lengths]
+
+    given = [(7, 5, 5, 2), (9, 8, 3, 2)] if enforce_sorted else [(5, 7, 2, 5), (3, 9, 2, 8)]
+    parity(Sequences(enforce_sorted, bidirectional=True), *(sequences(*n) for n in given), graphs=2)
+    if enforce_sorted:
+        with pytest.raises(RuntimeError, match="lengths"):
+            torch.compile(Sequences(), fullgraph=True, backend=rewriting)(*sequences(2, 5))
 
 
 @pytest.mark.parametrize("batch_first", [False, True])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torch_gru_fuse import torch_hooks
-from torch_gru_fuse.ops import differentiable, registration
+from torch_gru_fuse.ops import differentiable, dispatch, registration
 from torch_gru_fuse.ops.call import PackedCall
 from torch_gru_fuse.ops.checks import check_gru_packed
 from torch_gru_fuse.ops.gru import dropout_masks
@@ -30,7 +30,8 @@ def gru_packed_composite(
     masks = None
     if train and dropout > 0.0 and num_layers > 1:
         masks = dropout_masks(data, hx, dropout, num_layers, bidirectional)
-    output, h_n, _ = ops.gru_packed_forward.default(
+    forward = dispatch.direct("gru_packed_forward", (data, batch_sizes, hx, *params))
+    output, h_n, _ = forward(
         data, batch_sizes, hx, params, has_biases, num_layers, bidirectional, masks, False, recompute=recompute
     )
     return output, h_n

@@ -46,6 +46,14 @@ def pack_padded_sequence(
     return PackedSequence(data, batch_sizes, sorted_indices, None), input.size(batch_dim)
 
 
+def pack_sequence(
+    sequences: list[Tensor], enforce_sorted: bool = True, *, batch: Size = None
+) -> tuple[PackedSequence, Size]:
+    """`torch.nn.utils.rnn.pack_sequence`, whose lengths are sizes that the graph knows."""
+    lengths = [sequence.size(0) for sequence in sequences]
+    return pack_padded_sequence(torch.ops.aten.pad_sequence(sequences), lengths, enforce_sorted=enforce_sorted)
+
+
 def pad_packed_sequence(
     sequence: PackedSequence,
     batch_first: bool = False,
@@ -95,6 +103,7 @@ def gru_forward(
 #: What is traced, by the function of PyTorch in whose place.
 REPLACEMENTS = {
     rnn.pack_padded_sequence: pack_padded_sequence,
+    rnn.pack_sequence: pack_sequence,
     rnn.pad_packed_sequence: pad_packed_sequence,
     torch.nn.GRU.forward: gru_forward,
 }
