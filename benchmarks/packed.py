@@ -32,6 +32,7 @@ import torch_gru_fuse
 import torch_gru_fuse.functional as fused
 from torch_gru_fuse.ops import packed_path, torch_path
 from torch_gru_fuse.ops.call import PackedCall
+from torch_gru_fuse.tools.timing import graph_of, milliseconds
 
 DTYPES = {"tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 COLUMNS = (
@@ -151,32 +152,15 @@ def timed(run: Callable[[], object]) -> float:
     return 1e3 * (time.perf_counter() - begin)
 
 
-def on_gpu(run: Callable[[], object], host_ms: float = 0.0) -> float:
+def on_gpu(run: Callable[[], object], host_ms: float) -> float:
     """What the GPU takes of a call; host_ms: of a kernel behind which it is queued, so that the host is done before."""
-    if host_ms:
-        torch.cuda._sleep(int(2e6 * min(200.0, host_ms)))  # cycles
+    torch.cuda._sleep(int(2e6 * min(200.0, host_ms)))  # cycles
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     first.record()
     run()
     last.record()
     torch.cuda.synchronize()
     return first.elapsed_time(last)
-
-
-def graph_of(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of a call that has run before."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # libraries that are first used on a stream cannot begin while it is captured
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    graph.replay()
-    torch.cuda.synchronize()
-    return graph
 
 
 def ours(*args: object) -> tuple[Tensor, Tensor]:
@@ -218,7 +202,7 @@ def rows(problem: Problem, seconds: float) -> Iterator[tuple[str, list | None]]:
         own_call, cudnn_call = functools.partial(run, ours), functools.partial(run, torch.gru)
         wall, cudnn_wall = (medians(functools.partial(timed, call), seconds / 4, 9) for call in (own_call, cudnn_call))
         gpu = medians(functools.partial(on_gpu, own_call, 3 * wall + 1), seconds / 4, 5)
-        cudnn_gpu = medians(functools.partial(on_gpu, graph_of(cudnn_call).replay), seconds / 4, 5)
+        cudnn_gpu = milliseconds(graph_of(cudnn_call), torch.device("cuda"), 5)
         torch_gru_fuse.check_errors()
         auto = packed_path.plan_of(problem.call(), training=training).kernel
         text = f"{plan.whole}{f' {plan.backward}' if training else ''}"

@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from statistics import median
 
 import torch
 
 import torch_gru_fuse.functional as fused
 from torch_gru_fuse import check_errors, torch_hooks
 from torch_gru_fuse.planner import plan as planner
+from torch_gru_fuse.tools.timing import graph_of, milliseconds
 
 SHAPES = [(512, 10, 128, 256), (200, 64, 64, 64), (256, 16, 512, 512), (128, 256, 256, 256)]
 DTYPES = {"tf32": torch.float32, "fp16": torch.float16}
@@ -73,29 +73,9 @@ def errors(found: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
     return max(((a.detach().double() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True))
 
 
-def graph_us(function, repeat: int = 15) -> float:
-    """Median time of one call, replayed from a CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    for _ in range(3):
-        graph.replay()
-    times = []
-    for _ in range(repeat):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3)
-    return median(times)
+def graph_us(function) -> float:
+    """Of one call, replayed from a CUDA graph."""
+    return 1e3 * milliseconds(graph_of(function), torch.device("cuda"), 15)
 
 
 def planned(T: int, B: int, H: int, dtype: torch.dtype, training: bool) -> str:

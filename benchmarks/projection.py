@@ -13,7 +13,6 @@ import functools
 import itertools
 import os
 from collections.abc import Callable
-from statistics import median
 
 import torch
 from host import microseconds
@@ -23,6 +22,7 @@ import torch_gru_fuse  # noqa: F401  (registers the ops)
 from torch_gru_fuse.ops import ready_calls, whole_path
 from torch_gru_fuse.planner.projection import projection_tile
 from torch_gru_fuse.planner.tiles import Tile
+from torch_gru_fuse.tools.timing import graph_of, milliseconds
 
 DTYPES = torch.float16, torch.float32
 #: rows, columns, bytes along k, warps, stages
@@ -45,26 +45,9 @@ SMALL = (
 op = torch.ops.torch_gru_fuse.gru
 
 
-def graph_microseconds(run: Callable[[], object], calls: int = 20) -> float:
-    """Of a call in a CUDA graph of so many."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        run()
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            run()
-    times = []
-    for _ in range(10):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / calls * 1e3)
-    return median(times[1:])
+def graph_microseconds(run: Callable[[], object]) -> float:
+    """Of a call in a CUDA graph."""
+    return 1e3 * milliseconds(graph_of(run), torch.device("cuda"), 9)
 
 
 def problem(I: int, H: int, B: int, T: int, L: int, D: int, dtype: torch.dtype) -> tuple:

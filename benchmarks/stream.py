@@ -16,6 +16,7 @@ import triton
 from torch_gru_fuse import equations
 from torch_gru_fuse.kernels import stream
 from torch_gru_fuse.planner.stream import plan_stream
+from torch_gru_fuse.tools.timing import graph_of, milliseconds
 
 DEVICE = torch.device("cuda")
 SMS = torch.cuda.get_device_properties(0).multi_processor_count
@@ -56,30 +57,9 @@ class Problem:
         )
 
 
-def graph_us(function, calls=20, repeat=9):
-    """Of one call, `calls` of them in a CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            function()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            function()
-    for _ in range(3):
-        graph.replay()
-    times = []
-    for _ in range(repeat):
-        a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        a.record()
-        graph.replay()
-        b.record()
-        b.synchronize()
-        times.append(a.elapsed_time(b) * 1e3 / calls)
-    return sorted(times)[len(times) // 2]
+def graph_us(function):
+    """Of one call in a CUDA graph."""
+    return 1e3 * milliseconds(graph_of(function), torch.device("cuda"), 9)
 
 
 def describe(plan):

@@ -20,7 +20,8 @@ import torch
 
 from torch_gru_fuse.ops.support import gpu_of
 from torch_gru_fuse.planner.whole_sequence import plan_whole_sequence, plan_whole_sequence_backward
-from torch_gru_fuse.tools.bench import Problem, Shape, _error, _graph, _milliseconds
+from torch_gru_fuse.tools.bench import Problem, Shape, _error
+from torch_gru_fuse.tools.timing import graph_of, milliseconds
 
 DEVICE = torch.device("cuda")
 COLUMNS = (
@@ -58,7 +59,7 @@ def measure(shape: Shape, dtype: torch.dtype, train: bool) -> list | None:
     problem = Problem(shape, dtype, DEVICE, train=train)
     exact = problem.exact()
     errors = [_error(run(), exact)[1] for run in (problem.own, problem.fused)]
-    own, ours = (_milliseconds(_graph(run), DEVICE, 5) for run in (problem.own, problem.fused))
+    own, ours = (milliseconds(graph_of(run), DEVICE, 5) for run in (problem.own, problem.fused))
     sizes = [shape.T, shape.B, shape.H, shape.L, shape.D, str(dtype).removeprefix("torch.")]
     lanes, names = plans[-1].lanes, [str(plan and plan.kernel) for plan in plans]
     return [*sizes, round(own, 4), round(ours, 4), round(own / ours, 2), *errors, 0, lanes, "; ".join(names)]

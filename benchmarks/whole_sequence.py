@@ -22,7 +22,8 @@ from torch_gru_fuse.ops.call import GRUCall
 from torch_gru_fuse.ops.support import gpu_of
 from torch_gru_fuse.planner.plan import Plan
 from torch_gru_fuse.planner.whole_sequence import WavefrontPlan, WholeSequencePlan, plan_whole_sequence
-from torch_gru_fuse.tools.bench import DTYPES, SHAPES, Problem, Shape, _architecture, _error, _graph, _is_wrong, _milliseconds
+from torch_gru_fuse.tools.bench import DTYPES, SHAPES, Problem, Shape, _architecture, _error, _is_wrong
+from torch_gru_fuse.tools.timing import graph_of, milliseconds
 
 DEVICE = torch.device("cuda")
 REPEAT = 11
@@ -77,9 +78,9 @@ def measure(name: str, shape: Shape, dtype: torch.dtype, sm89: bool) -> str:
         if not (torch.equal(again[0], out) and torch.equal(again[1], h_n)):
             return f"{start} WRONG: another run{', which saves gates,' if save else ''} gives other bits"
     times = {
-        "cuDNN": _milliseconds(_graph(problem.own), DEVICE, REPEAT),
-        "ours": _milliseconds(_graph(run), DEVICE, REPEAT),
-        "saving": _milliseconds(_graph(lambda: run(True)), DEVICE, REPEAT),
+        "cuDNN": milliseconds(graph_of(problem.own), DEVICE, REPEAT),
+        "ours": milliseconds(graph_of(run), DEVICE, REPEAT),
+        "saving": milliseconds(graph_of(lambda: run(True)), DEVICE, REPEAT),
     }
     host = host_us(run)
     torch_gru_fuse.check_errors()

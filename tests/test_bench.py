@@ -10,7 +10,7 @@ import torch
 
 from torch_gru_fuse.__main__ import main
 from torch_gru_fuse.planner.gpus import GPUS
-from torch_gru_fuse.tools import bench, emulate
+from torch_gru_fuse.tools import bench, emulate, timing
 
 SMALL = [
     *("--device", "cpu", "--T", "4", "--B", "2", "--I", "3", "--H", "5", "--layers", "2"),
@@ -65,7 +65,7 @@ def test_what_a_graph_left_behind_is_checked(monkeypatch, factor, wrong):
     def ways(problem, device, compile_):
         yield from right(problem, device, False)
         graph = SimpleNamespace(replay=lambda: None)
-        yield "fused, graph", lambda: bench._Replay(graph, 1, [t * factor for t in problem.fused()])
+        yield "fused, graph", lambda: timing.Replay(graph, 1, [t * factor for t in problem.fused()])
 
     monkeypatch.setattr(bench, "_ways", ways)
     cpu = torch.device("cpu")
@@ -144,14 +144,14 @@ def test_the_table_has_what_is_held():
 
 @pytest.mark.parametrize("milliseconds, calls", [(8.0, 1), (0.1, 1), (0.05, 20), (0.01, 100), (0.0, 100)])
 def test_short_calls_are_captured_many_in_a_graph(milliseconds, calls):
-    assert bench._calls_a_graph(milliseconds) == calls
+    assert timing.calls_a_graph(milliseconds) == calls
 
 
 def test_time_of_a_graph_is_that_of_one_call(monkeypatch):
     now = iter(range(1000))
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(now) * 3e-3)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(now) * 3e-3)
     graph = SimpleNamespace(replay=lambda: None)
-    assert bench._milliseconds(bench._Replay(graph, 10), torch.device("cpu"), 3) == pytest.approx(0.3)
+    assert timing.milliseconds(timing.Replay(graph, 10), torch.device("cpu"), 3) == pytest.approx(0.3)
     assert next(now) == 2 * 7  # until 20 ms were over
 
 

@@ -312,7 +312,7 @@ def measuring_on_a_cpu(monkeypatch):
         return *spoil(results, len(calls)), None
 
     monkeypatch.setattr(whole_path, "gru_forward", gru_forward)
-    monkeypatch.setattr(tune.bench, "_graph", lambda run: run)
+    monkeypatch.setattr(tune.timing, "graph_of", lambda run: run)
 
     def start(spoil=None, dtype="float32"):
         if spoil is not None:

@@ -26,10 +26,8 @@ import contextlib
 import json
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from statistics import median
 from typing import Any
 
 import torch
@@ -39,6 +37,7 @@ from torch.hub import tqdm  # the real one where it is installed, else a plain c
 import torch_gru_fuse
 from torch_gru_fuse import torch_hooks
 from torch_gru_fuse.tools import emulate
+from torch_gru_fuse.tools.timing import Replay, graph_of, milliseconds
 
 SUMMARY = "time GRUs of many shapes against cuDNN"
 
@@ -261,72 +260,6 @@ def _judge(error: tuple[float, float], own: tuple[float, float], dtype: torch.dt
     return True, ""
 
 
-_ENOUGH_MS = 20.0  # a way is timed until this is over ..
-_MOST_CALLS = 500  # .. or it was called so often, but always as often as --repeat says
-_SHORT_MS, _BLOCK_MS = 0.1, 1.0  # calls shorter than the one are captured many in a graph, which takes about the other
-
-
-def _milliseconds(run: Callable[[], object], device: torch.device, repeat: int) -> float:
-    """Median time of a call; of a `_Replay`, of one of the calls in it."""
-    for _ in range(2):
-        run()
-    times: list[float] = []
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    while len(times) < repeat or (sum(times) < _ENOUGH_MS and len(times) < _MOST_CALLS):
-        if device.type == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            run()
-            end.record()
-            torch.cuda.synchronize(device)
-            times.append(start.elapsed_time(end))
-        else:
-            begin = time.perf_counter()
-            run()
-            times.append((time.perf_counter() - begin) * 1e3)
-    return median(times) / getattr(run, "calls", 1)
-
-
-@dataclass(frozen=True)
-class _Replay:
-    """A CUDA graph with so many calls, one after the other; each replay puts its last results where the first put them."""
-
-    graph: torch.cuda.CUDAGraph
-    calls: int
-    results: Any = None
-
-    def __call__(self) -> None:
-        self.graph.replay()
-
-
-def _calls_a_graph(milliseconds: float) -> int:
-    """How many calls of that length to capture: starting a graph, and the clock of the events, would count in a short one."""
-    if milliseconds >= _SHORT_MS:
-        return 1
-    return min(100, max(1, round(_BLOCK_MS / max(milliseconds, 1e-3))))
-
-
-def _graph(run: Callable[[], object]) -> _Replay:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    replay = _capture(run, 1)
-    calls = _calls_a_graph(_milliseconds(replay, torch.device("cuda"), 3))
-    return replay if calls == 1 else _capture(run, calls)
-
-
-def _capture(run: Callable[[], object], calls: int) -> _Replay:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            results = run()
-    return _Replay(graph, calls, results)
-
-
 def _held(problem: Problem) -> dict[str, float]:
     """MiB that a forward leaves allocated until its backward, by way."""
     held = {}
@@ -345,8 +278,8 @@ def _ways(problem: Problem, device: torch.device, compile_: bool) -> Iterator[tu
     yield "own", lambda: problem.own
     yield "fused", lambda: problem.fused
     if device.type == "cuda":
-        yield "own, graph", lambda: _graph(problem.own)
-        yield "fused, graph", lambda: _graph(problem.fused)
+        yield "own, graph", lambda: graph_of(problem.own)
+        yield "fused, graph", lambda: graph_of(problem.fused)
     if compile_:
         yield "compiled without", lambda: problem.compiled(False)
         yield "compiled", lambda: problem.compiled(True, fullgraph=True)
@@ -379,8 +312,8 @@ def measure(name: str, shape: Shape, dtype_name: str, device: torch.device, *, t
                 run = make()
                 if "compiled" in way or way == "reduce-overhead":
                     row.errors[way] = _error([t.clone() for t in run()], exact)
-                times[way] = _milliseconds(run, device, repeat)
-                if isinstance(run, _Replay):
+                times[way] = milliseconds(run, device, repeat)
+                if isinstance(run, Replay):
                     row.errors[way] = _error(run.results, exact)
                 torch_gru_fuse.check_errors()
                 if way in row.errors and _is_wrong(row.errors[way], row.errors["own"], dtype):

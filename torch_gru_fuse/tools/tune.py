@@ -27,7 +27,7 @@ from torch.hub import tqdm  # the real one where it is installed, else a plain c
 from torch_gru_fuse.planner import tuned
 from torch_gru_fuse.planner.gpus import GPU
 from torch_gru_fuse.planner.whole_sequence import WholeSequencePlan, why_no_plan, why_not_gpu
-from torch_gru_fuse.tools import bench, emulate
+from torch_gru_fuse.tools import bench, emulate, timing
 from torch_gru_fuse.tools.plan import ELEMENT_BYTES, _positive
 
 SUMMARY = "measure which whole-sequence plan is the fastest here, and keep it"
@@ -205,7 +205,7 @@ def _measuring(
         problem = bench.Problem(shape, dtype, device, train=False)
         exact = problem.exact()
         own_error = bench._error(problem.own(), exact)
-        own = Measured(1e3 * bench._milliseconds(bench._graph(problem.own), device, repeat), own_error)
+        own = Measured(1e3 * timing.milliseconds(timing.graph_of(problem.own), device, repeat), own_error)
     weights = [weight.detach() for weight in problem.module._flat_weights]
     call = GRUCall(problem.x, problem.hx, weights, True, shape.L, shape.D == 2, None)
 
@@ -222,7 +222,7 @@ def _measuring(
         wrong, note = bench._judge(error, own_error, dtype)
         if wrong:
             raise WrongResult(f"error {error[1]:.1e}, PyTorch's own {own_error[1]:.1e}")
-        us = 1e3 * bench._milliseconds(bench._graph(forward), device, repeat)
+        us = 1e3 * timing.milliseconds(timing.graph_of(forward), device, repeat)
         torch_gru_fuse.check_errors()
         again = forward()
         torch_gru_fuse.check_errors()
