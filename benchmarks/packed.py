@@ -113,7 +113,7 @@ class Problem:
 
     def train(self, function: Callable[..., tuple[Tensor, Tensor]]) -> list[Tensor]:
         results = function(self.data, self.sizes, self.hx, self.params, *self.flags)
-        return [*results, *torch.autograd.grad(results, [self.data, self.hx, *self.params], self.grads)]
+        return [*(r.detach() for r in results), *torch.autograd.grad(results, [self.data, self.hx, *self.params], self.grads)]
 
     def exact(self) -> list[Tensor]:
         call = self.call()
