@@ -564,8 +564,11 @@ class DynamoHook:
 
     def _install_functions(self) -> None:
         # torch.nn.utils.rnn's are functions that Dynamo skips, methods of nn.GRU functions that it traces.
+        from torch._dynamo.variables.base import VariableTracker
         from torch._dynamo.variables.constant import ConstantVariable
         from torch._dynamo.variables.functions import SkipFunctionVariable, UserFunctionVariable, UserMethodVariable
+
+        weights_have_changed = getattr(torch.nn.GRU, "_weights_have_changed", _weights_are_others)
 
         def traced_function(variable: Any) -> Callable[..., Any] | None:
             variable = getattr(variable, "im_func", variable)  # of a method, from torch 2.15 on
@@ -581,6 +584,8 @@ class DynamoHook:
                 # on CUDA, and in a graph there is no need of it.
                 if called is torch.nn.GRU.flatten_parameters and _is_a(torch.nn.GRU, self_args(variable)) and self._wanted(tx):
                     return ConstantVariable.create(None)
+                if called is weights_have_changed and _is_a(torch.nn.GRU, self_args(variable)) and self._wanted(tx):
+                    return VariableTracker.build(tx, _weights_are_others).call_function(tx, self_args(variable), {})
                 for function, replacement in self._packed_functions.items():
                     if called is function:
                         arguments = [*self_args(variable), *args]
@@ -674,6 +679,19 @@ class DynamoHook:
             op._dispatch_cache.clear()
 
         self._undo.append(undo)
+
+
+def _weights_are_others(module: torch.nn.GRU) -> bool:
+    """Traced in the place of `nn.GRU._weights_have_changed`, which asks weak references to the parameters of the last call.
+
+    Dynamo would guard on what they refer to.  Where these parameters have been replaced, nothing else may hold them, and then
+    they are gone when the guards are made.  The list that `forward` uses holds its parameters.
+    """
+    for name, held in zip(module._flat_weights_names, module._flat_weights, strict=True):
+        weight = getattr(module, name) if hasattr(module, name) else None
+        if weight is not None and held is not None and weight is not held:
+            return True
+    return False
 
 
 def _is_packed_sequence(variable: Any) -> bool:
