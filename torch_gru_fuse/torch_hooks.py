@@ -533,6 +533,7 @@ class DynamoHook:
         if self.installed:
             return
         self._install_module_hook()
+        self._install_cell_calls()
         self._install_functions()
         for op, rule in self._shape_rules.items():
             self._install_shape_rule(op, rule)
@@ -561,6 +562,48 @@ class DynamoHook:
 
         VariableBuilder.wrap_module = wrap_module
         self._undo.append(lambda: setattr(VariableBuilder, "wrap_module", original))
+
+    def _install_cell_calls(self) -> None:
+        # A loop calls its cell once a step, and Dynamo follows nn.Module.__call__ and nn.GRUCell.forward each time, which takes
+        # more than half of its time.  What they look at makes the same guards every time, so one time is enough.
+        try:
+            from torch._dynamo.utils import unpatched_nn_module_call, unpatched_nn_module_call_impl
+            from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable, record_nn_module_stack
+        except ImportError:  # a torch that calls them something else: every call is followed
+            return
+        from torch._dynamo.variables.base import VariableTracker
+        from torch._dynamo.variables.constant import ConstantVariable
+        from torch._dynamo.variables.tensor import TensorVariable
+
+        unpatched = unpatched_nn_module_call, unpatched_nn_module_call_impl
+        original = UnspecializedNNModuleVariable.call_function
+
+        @functools.wraps(original)
+        def call_function(variable: Any, tx: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+            if type(variable.value) is not torch.nn.GRUCell or not self._wanted(tx):
+                return original(variable, tx, args, kwargs)
+            module, source = variable.value, variable.source
+            # By the graph that has seen a call, the module, and its weights as that call has found them.
+            cells: dict[tuple[Any, int], tuple[Any, ...]]
+            cells = vars(tx.output).setdefault("torch_gru_fuse_cells", {})
+            key = tx.output.current_tracer, id(module)
+            plain = source is not None and _calls_forward_alone(module, unpatched) and _is_as_it_was(tx, module)
+            if key in cells and plain and not kwargs and len(args) == 2:
+                x, h = (a.realize() for a in args)
+                if type(x) is type(h) is TensorVariable and x.ndim == h.ndim == 2:
+                    gru_cell, *weights = cells[key]
+                    with record_nn_module_stack(str(id(module)), variable.get_nn_module_stack_source(), tx, module):
+                        return gru_cell.call_function(tx, [x, h, *weights], {})
+            result = original(variable, tx, args, kwargs)
+            if plain and key not in cells:
+                get = VariableTracker.build(tx, getattr)
+                names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+                weights = [get.call_function(tx, [variable, ConstantVariable.create(n)], {}).realize() for n in names]
+                cells[key] = VariableTracker.build(tx, torch.gru_cell), *weights
+            return result
+
+        UnspecializedNNModuleVariable.call_function = call_function
+        self._undo.append(lambda: setattr(UnspecializedNNModuleVariable, "call_function", original))
 
     def _install_functions(self) -> None:
         # torch.nn.utils.rnn's are functions that Dynamo skips, methods of nn.GRU functions that it traces.
@@ -679,6 +722,34 @@ class DynamoHook:
             op._dispatch_cache.clear()
 
         self._undo.append(undo)
+
+
+_FORWARD_OF_CELL = torch.nn.GRUCell.forward
+_HOOKS = ("_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_pre_hooks")
+_GLOBAL_HOOKS = [getattr(torch.nn.modules.module, f"_global{name}") for name in _HOOKS]
+
+
+def _calls_forward_alone(module: torch.nn.GRUCell, unpatched: tuple[Any, Any]) -> bool:
+    """Whether a call of a module runs `nn.GRUCell.forward` as PyTorch has it, and nothing else."""
+    kind = type(module)
+    return (
+        (kind.__call__, kind._call_impl) == unpatched
+        and kind.forward is _FORWARD_OF_CELL
+        and "forward" not in module.__dict__
+        and not any(_GLOBAL_HOOKS)
+        and not any(module.__dict__[name] for name in _HOOKS)
+    )
+
+
+def _is_as_it_was(tx: Any, module: torch.nn.Module) -> bool:
+    """Whether nothing that Dynamo has traced changes a module, its type, its dictionaries or the hooks of all modules."""
+    side_effects = tx.output.side_effects
+    dictionaries = [value for value in module.__dict__.values() if isinstance(value, dict)]
+    for changed in (module, type(module), torch.nn.Module, module.__dict__, *dictionaries, *_GLOBAL_HOOKS):
+        variable = side_effects.id_to_variable.get(id(changed))
+        if variable is not None and side_effects.is_modified(variable):
+            return False
+    return True
 
 
 def _weights_are_others(module: torch.nn.GRU) -> bool:
