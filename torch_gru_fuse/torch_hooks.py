@@ -533,7 +533,7 @@ class DynamoHook:
         if self.installed:
             return
         self._install_module_hook()
-        self._install_cell_calls()
+        self._install_repeated_calls()
         self._install_functions()
         for op, rule in self._shape_rules.items():
             self._install_shape_rule(op, rule)
@@ -563,43 +563,32 @@ class DynamoHook:
         VariableBuilder.wrap_module = wrap_module
         self._undo.append(lambda: setattr(VariableBuilder, "wrap_module", original))
 
-    def _install_cell_calls(self) -> None:
-        # A loop calls its cell once a step, and Dynamo follows nn.Module.__call__ and nn.GRUCell.forward each time, which takes
-        # more than half of its time.  What they look at makes the same guards every time, so one time is enough.
+    def _install_repeated_calls(self) -> None:
+        # A loop calls its module once a step, and Dynamo follows nn.Module.__call__ and forward each time, which takes more
+        # than half of its time.  What they look at makes the same guards every time, so one time is enough.
         try:
             from torch._dynamo.utils import unpatched_nn_module_call, unpatched_nn_module_call_impl
             from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable, record_nn_module_stack
         except ImportError:  # a torch that calls them something else: every call is followed
             return
-        from torch._dynamo.variables.base import VariableTracker
-        from torch._dynamo.variables.constant import ConstantVariable
-        from torch._dynamo.variables.tensor import TensorVariable
-
         unpatched = unpatched_nn_module_call, unpatched_nn_module_call_impl
         original = UnspecializedNNModuleVariable.call_function
 
         @functools.wraps(original)
         def call_function(variable: Any, tx: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-            if type(variable.value) is not torch.nn.GRUCell or not self._wanted(tx):
-                return original(variable, tx, args, kwargs)
             module, source = variable.value, variable.source
-            # By the graph that has seen a call, the module, and its weights as that call has found them.
-            cells: dict[tuple[Any, int], tuple[Any, ...]]
-            cells = vars(tx.output).setdefault("torch_gru_fuse_cells", {})
+            if type(module) not in _FORWARD or source is None or not self._wanted(tx):
+                return original(variable, tx, args, kwargs)
+            # By the graph that has seen a call, and the module.
+            calls: dict[tuple[Any, int], _Call] = vars(tx.output).setdefault("torch_gru_fuse_calls", {})
             key = tx.output.current_tracer, id(module)
-            plain = source is not None and _calls_forward_alone(module, unpatched) and _is_as_it_was(tx, module)
-            if key in cells and plain and not kwargs and len(args) == 2:
-                x, h = (a.realize() for a in args)
-                if type(x) is type(h) is TensorVariable and x.ndim == h.ndim == 2:
-                    gru_cell, *weights = cells[key]
-                    with record_nn_module_stack(str(id(module)), variable.get_nn_module_stack_source(), tx, module):
-                        return gru_cell.call_function(tx, [x, h, *weights], {})
+            plain = _calls_forward_alone(module, unpatched) and _is_as_it_was(tx, module)
+            if plain and key in calls and calls[key].is_like(args, kwargs):
+                with record_nn_module_stack(str(id(module)), variable.get_nn_module_stack_source(), tx, module):
+                    return calls[key].repeat(tx, args)
             result = original(variable, tx, args, kwargs)
-            if plain and key not in cells:
-                get = VariableTracker.build(tx, getattr)
-                names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-                weights = [get.call_function(tx, [variable, ConstantVariable.create(n)], {}).realize() for n in names]
-                cells[key] = VariableTracker.build(tx, torch.gru_cell), *weights
+            if plain and key not in calls and (call := _Call.of(tx, variable, args, result)) is not None:
+                calls[key] = call
             return result
 
         UnspecializedNNModuleVariable.call_function = call_function
@@ -724,17 +713,80 @@ class DynamoHook:
         self._undo.append(undo)
 
 
-_FORWARD_OF_CELL = torch.nn.GRUCell.forward
+#: `forward` as PyTorch has it.
+_FORWARD = {kind: kind.forward for kind in (torch.nn.GRU, torch.nn.GRUCell)}
 _HOOKS = ("_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_pre_hooks")
 _GLOBAL_HOOKS = [getattr(torch.nn.modules.module, f"_global{name}") for name in _HOOKS]
 
 
-def _calls_forward_alone(module: torch.nn.GRUCell, unpatched: tuple[Any, Any]) -> bool:
-    """Whether a call of a module runs `nn.GRUCell.forward` as PyTorch has it, and nothing else."""
+class _Call(NamedTuple):
+    """What `forward` of a module does with an input and a state, as Dynamo has found it.
+
+    Attributes:
+        function: `torch.gru` or `torch.gru_cell`.
+        rest: its arguments after the two.
+        like: what the two have to be for `forward` to do the same; see `_likeness`.
+    """
+
+    function: Any
+    rest: tuple[Any, ...]
+    like: object
+
+    @classmethod
+    def of(cls, tx: Any, variable: Any, args: Sequence[Any], result: Any) -> _Call | None:
+        from torch._dynamo.variables.base import VariableTracker
+        from torch._dynamo.variables.constant import ConstantVariable
+        from torch._dynamo.variables.lists import TupleVariable
+
+        is_cell = type(variable.value) is torch.nn.GRUCell
+        if is_cell:
+            names: tuple[str, ...] = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            like: object = 2
+        else:
+            names = ("_flat_weights", "bias", "num_layers", "dropout", "training", "bidirectional", "batch_first")
+            if not args or type(result) is not TupleVariable or len(result.items) != 2:
+                return None
+            like = _likeness([args[0], result.items[1]])  # a state that is made of zeros is like the one that is returned
+        if like is None:
+            return None
+        get = VariableTracker.build(tx, getattr)
+        rest = [get.call_function(tx, [variable, ConstantVariable.create(name)], {}).realize() for name in names]
+        return cls(VariableTracker.build(tx, torch.gru_cell if is_cell else torch.gru), tuple(rest), like)
+
+    def is_like(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+        if kwargs or len(args) != 2:
+            return False
+        if self.like == 2:  # a cell asks for the dimensions alone
+            return _are_tensors(args) and all(a.realize().ndim == 2 for a in args)
+        return _likeness(args) == self.like
+
+    def repeat(self, tx: Any, args: Sequence[Any]) -> Any:
+        return self.function.call_function(tx, [*(a.realize() for a in args), *self.rest], {})
+
+
+def _are_tensors(variables: Sequence[Any]) -> bool:
+    from torch._dynamo.variables.tensor import TensorVariable
+
+    return all(type(v.realize()) is TensorVariable for v in variables)
+
+
+def _likeness(variables: Sequence[Any]) -> object:
+    """All that `nn.GRU.forward` asks about an input and a state; None where these are no batches of known sizes."""
+    if not _are_tensors(variables):
+        return None
+    x, h = (v.realize().as_proxy().node.meta["example_value"] for v in variables)
+    sizes = (*x.shape, *h.shape)
+    if x.dim() != 3 or h.dim() != 3 or not all(type(size) is int for size in sizes):
+        return None
+    return sizes, x.dtype, torch._C._is_any_autocast_enabled()
+
+
+def _calls_forward_alone(module: torch.nn.Module, unpatched: tuple[Any, Any]) -> bool:
+    """Whether a call of a module runs `forward` as PyTorch has it, and nothing else."""
     kind = type(module)
     return (
         (kind.__call__, kind._call_impl) == unpatched
-        and kind.forward is _FORWARD_OF_CELL
+        and kind.forward is _FORWARD[kind]
         and "forward" not in module.__dict__
         and not any(_GLOBAL_HOOKS)
         and not any(module.__dict__[name] for name in _HOOKS)
@@ -742,10 +794,10 @@ def _calls_forward_alone(module: torch.nn.GRUCell, unpatched: tuple[Any, Any]) -
 
 
 def _is_as_it_was(tx: Any, module: torch.nn.Module) -> bool:
-    """Whether nothing that Dynamo has traced changes a module, its type, its dictionaries or the hooks of all modules."""
+    """Whether nothing that Dynamo has traced changes a module, its type, what it holds or the hooks of all modules."""
     side_effects = tx.output.side_effects
-    dictionaries = [value for value in module.__dict__.values() if isinstance(value, dict)]
-    for changed in (module, type(module), torch.nn.Module, module.__dict__, *dictionaries, *_GLOBAL_HOOKS):
+    held = [value for value in module.__dict__.values() if isinstance(value, (dict, list))]
+    for changed in (module, type(module), torch.nn.Module, module.__dict__, *held, *_GLOBAL_HOOKS):
         variable = side_effects.id_to_variable.get(id(changed))
         if variable is not None and side_effects.is_modified(variable):
             return False
