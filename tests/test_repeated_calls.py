@@ -1,5 +1,5 @@
-"""Dynamo follows one call of an nn.GRUCell or nn.GRU in a graph, and the others become nodes at once: guards, changes and errors
-are as where all calls are followed."""
+"""Dynamo follows one call of an nn.GRUCell or nn.GRU in a graph, and the others become nodes at once: guards, changes and
+errors are as where all calls are followed."""
 
 import pytest
 import torch

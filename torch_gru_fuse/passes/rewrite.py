@@ -22,7 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 import torch_gru_fuse.ops  # noqa: F401  (registers the ops)
 from torch_gru_fuse import torch_hooks
 from torch_gru_fuse.ops.schemas import ops
-from torch_gru_fuse.passes import cells, guards, loops, pairs, steps
+from torch_gru_fuse.passes import buffers, cells, guards, loops, pairs, steps
 from torch_gru_fuse.passes.nodes import Emitter, Regions, aten, storages, value, write_positions
 
 log = logging.getLogger("torch_gru_fuse")
@@ -175,6 +175,9 @@ def _rewrite_cells(graph: Graph) -> int:
     """Loops over cells, and hand-written cells, become calls of the ops; calls of `torch.gru_cell` that are in no loop stay."""
     regions = Regions()
     found = cells.find_cells(graph, regions)
+    if buffers.forward_writes(graph, found.cells):
+        regions.forget()
+        found = cells.find_cells(graph, regions)
     if not found.cells and not found.others:
         return 0
     roller = loops.Roller(graph, found, regions, _options("gru"))
