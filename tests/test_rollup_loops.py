@@ -275,6 +275,15 @@ def preallocated(m, x):
     return outputs
 
 
+def preallocated_slices(m, x):
+    h = zeros(x)
+    outputs = x.new_empty(x.shape[1], len(x), H)
+    for t in range(len(x)):
+        h = m.cell(x[t], h)
+        outputs[:, t : t + 1] = h.unsqueeze(1)
+    return outputs
+
+
 def preallocated_in_the_middle(m, x):
     h = zeros(x)
     outputs = x.new_zeros(x.shape[1], len(x) + 2, H)
@@ -312,7 +321,7 @@ def branches(m, x):
 
 @pytest.mark.parametrize(
     ("loop", "calls"),
-    [(heads, 1), (all_uses, 1), (embedded_in_the_loop, 1), (preallocated, 1),
+    [(heads, 1), (all_uses, 1), (embedded_in_the_loop, 1), (preallocated, 1), (preallocated_slices, 1),
      (preallocated_in_the_middle, 1), (preallocated_and_read, 1), (two_chains_of_one_cell, 2),
      (one_after_the_other, 2), (branches, 2)],
     ids=lambda p: getattr(p, "__name__", ""),

@@ -495,6 +495,8 @@ def without_recompile_limit() -> contextlib.AbstractContextManager[None]:
 class DynamoHook:
     """Lets `torch.nn.GRU` into the graph and makes the shapes of `torch.gru` and `torch.gru_cell` by rules.
 
+    Of the calls of one nn.GRU or nn.GRUCell in a graph Dynamo follows the first.
+
     Args:
         wants: called with a Dynamo backend; says whether graphs for it will be rewritten.
             For every other backend Dynamo behaves as without this package.
@@ -582,7 +584,8 @@ class DynamoHook:
             # By the graph that has seen a call, and the module.
             calls: dict[tuple[Any, int], _Call] = vars(tx.output).setdefault("torch_gru_fuse_calls", {})
             key = tx.output.current_tracer, id(module)
-            plain = _calls_forward_alone(module, unpatched) and _is_as_it_was(tx, module)
+            skips_guards = getattr(tx.output.tracing_context.guards_context, "skip_install", False)
+            plain = not skips_guards and _calls_forward_alone(module, unpatched) and _is_as_it_was(tx, module)
             if plain and key in calls and calls[key].is_like(args, kwargs):
                 with record_nn_module_stack(str(id(module)), variable.get_nn_module_stack_source(), tx, module):
                     return calls[key].repeat(tx, args)
