@@ -183,6 +183,45 @@ def test_unbatched_input():
     check(Model(loop), x_of(T, I), gru=1)
 
 
+def three_dimensions(m, x):
+    h, outputs = x.new_zeros(1, x.shape[1], H), []
+    for step in x:
+        h = m.cell(step, h[0]).unsqueeze(0)
+        outputs.append(h)
+    return torch.cat(outputs), h
+
+
+def three_dimensions_squeezed(m, x):
+    h, outputs = x.new_zeros(1, x.shape[1], H), []
+    for step in x.unsqueeze(2).unbind(0):
+        h = m.cell(step.squeeze(1), h.squeeze(0))[None]
+        outputs.append(h[0])
+    return torch.stack(outputs), h
+
+
+def three_dimensions_in_the_middle(m, x):
+    h, outputs = x.new_zeros(x.shape[1], 1, H), []
+    for step in x:
+        h = m.cell(step, h[:, 0])[:, None, :]
+        outputs.append(h)
+    return torch.cat(outputs, 1), h
+
+
+def three_dimensions_reset(m, x):
+    h = x.new_zeros(1, x.shape[1], H)
+    for t, step in enumerate(x):
+        h = m.cell(step, (h[0] * (x[t, :, :1] > 0))).unsqueeze(0)
+    return h
+
+
+@pytest.mark.parametrize(
+    "loop", [three_dimensions, three_dimensions_squeezed, three_dimensions_in_the_middle, three_dimensions_reset],
+    ids=lambda f: f.__name__,
+)  # fmt: skip
+def test_states_are_kept_with_another_dimension(loop):
+    check(Model(loop), x_of(T, B, I), gru=1)
+
+
 def test_one_step_is_a_cell():
     check(Model(LAYOUTS["x[t]"][0]), x_of(1, B, I), gru_cell=1)
 
@@ -236,6 +275,15 @@ def preallocated(m, x):
     return outputs
 
 
+def preallocated_slices(m, x):
+    h = zeros(x)
+    outputs = x.new_empty(x.shape[1], len(x), H)
+    for t in range(len(x)):
+        h = m.cell(x[t], h)
+        outputs[:, t : t + 1] = h.unsqueeze(1)
+    return outputs
+
+
 def preallocated_in_the_middle(m, x):
     h = zeros(x)
     outputs = x.new_zeros(x.shape[1], len(x) + 2, H)
@@ -273,7 +321,7 @@ def branches(m, x):
 
 @pytest.mark.parametrize(
     ("loop", "calls"),
-    [(heads, 1), (all_uses, 1), (embedded_in_the_loop, 1), (preallocated, 1),
+    [(heads, 1), (all_uses, 1), (embedded_in_the_loop, 1), (preallocated, 1), (preallocated_slices, 1),
      (preallocated_in_the_middle, 1), (preallocated_and_read, 1), (two_chains_of_one_cell, 2),
      (one_after_the_other, 2), (branches, 2)],
     ids=lambda p: getattr(p, "__name__", ""),

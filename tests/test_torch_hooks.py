@@ -1,6 +1,8 @@
 """What each hook into torch is expected to do; where a torch release breaks one, this says which."""
 
 import contextlib
+import gc
+import weakref
 
 import pytest
 import torch
@@ -120,6 +122,56 @@ def test_parameters_are_not_flattened_in_a_graph(monkeypatch):
         torch._dynamo.reset()
         with pytest.raises(torch._dynamo.exc.Unsupported):
             torch.compile(rnn.forward, backend="eager", fullgraph=True)(x, h)
+    finally:
+        hook.remove()
+
+
+def shapes(x, h, *rest):
+    return x.new_empty(*x.shape[:2], h.shape[2]), torch.empty_like(h)
+
+
+def test_parameters_that_were_replaced_may_go_before_the_guards_are_made():
+    """nn.GRU keeps weak references to them; a guard on one that has gone is an error of Dynamo's."""
+    rnn, x, h = nn.GRU(3, 4), torch.randn(5, 2, 3), torch.zeros(1, 2, 4)
+    replaced = dict(rnn.named_parameters())
+    references = [weakref.ref(p) for p in replaced.values()]
+    for name in replaced:
+        setattr(rnn, name, nn.Parameter(replaced[name].detach() * 2))
+
+    def backend(gm, inputs):
+        replaced.clear()
+        gc.collect()
+        return gm.forward
+
+    hook = torch_hooks.DynamoHook(lambda backend: True, shapes)
+    hook.install()
+    try:
+        actual = torch.compile(rnn.forward, backend=backend, fullgraph=True)(x, h)
+        assert all(reference() is None for reference in references)
+        torch.testing.assert_close(actual, torch.gru(x, h, list(rnn.parameters()), True, 1, 0.0, True, False, False))
+    finally:
+        hook.remove()
+
+
+def test_parameters_that_are_replaced_behind_the_modules_back_are_used():
+    rnn, x, h = nn.GRU(3, 4), torch.randn(5, 2, 3), torch.zeros(1, 2, 4)
+    hook = torch_hooks.DynamoHook(lambda backend: True, shapes)
+    hook.install()
+    try:
+        compiled = torch.compile(rnn.forward, backend="eager", fullgraph=True)
+        for factor in (1, 2, 3):
+            for name, parameter in list(rnn.named_parameters()):
+                rnn._parameters[name] = nn.Parameter(parameter.detach() * factor)  # the list is not told
+            expected = torch.gru(x, h, list(rnn.parameters()), True, 1, 0.0, True, False, False)
+            torch.testing.assert_close(compiled(x, h), expected)
+            torch.testing.assert_close(rnn(x, h), expected)  # nor is eager code misled by what was compiled
+        before = list(rnn.parameters())
+        others = {name: p.detach() + 1 for name, p in rnn.named_parameters()}
+        called = torch.compile(lambda: torch.func.functional_call(rnn, others, (x, h)), backend="eager", fullgraph=True)()
+        torch.testing.assert_close(called, torch.gru(x, h, list(others.values()), True, 1, 0.0, True, False, False))
+        expected = torch.gru(x, h, before, True, 1, 0.0, True, False, False)
+        torch.testing.assert_close(rnn(x, h), expected)
+        torch.testing.assert_close(compiled(x, h), expected)
     finally:
         hook.remove()
 

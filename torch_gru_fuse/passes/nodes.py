@@ -154,8 +154,32 @@ class Regions:
         for link in reversed(chain):
             source = _source(link)
             region = None if source is None else _step(self._known[source], link)
-            self._known[link] = region or Region(link, (None,) * len(shape(link)))
+            self._known[link] = self._behind_new_dimensions(region or Region(link, (None,) * len(shape(link))))
         return self._known[chain[0] if chain else node]
+
+    def _behind_new_dimensions(self, region: Region) -> Region:
+        """The same region of x where it is ``x.unsqueeze(d)`` without that dimension: what keeps [1, B, H] and uses [B, H]."""
+        rank = len(region.extents)
+        for d, extent in enumerate(region.extents):
+            source = unsqueezed(region.base, d, rank) if extent == 0 and type(extent) is int else None
+            part = None if source is None else self.of(source).part((*region.extents[:d], *region.extents[d + 1 :]))
+            if part is not None:
+                return part
+        return region
+
+
+def unsqueezed(element: object, dim: int, rank: int) -> Node | None:
+    """The tensor that `element` is with a new dimension `dim`, if it is one: by unsqueeze, or by None as an index."""
+    if not isinstance(element, Node) or not element.args or not isinstance(element.args[0], Node):
+        return None
+    if name(element) == "unsqueeze":
+        at = argument(element, 1, "dim")
+        return element.args[0] if type(at) is int and at % rank == dim else None
+    if name(element) == "getitem":
+        index = element.args[1] if isinstance(element.args[1], tuple) else (element.args[1],)
+        if dim < len(index) and all(i is None if d == dim else i in (slice(None), ...) for d, i in enumerate(index)):
+            return element.args[0] if ... not in index[:dim] else None
+    return None
 
 
 def _source(node: Node) -> Node | None:

@@ -1,9 +1,9 @@
 """The pass: calls of `torch.gru` and `torch.gru_cell`, loops over cells and hand-written cells become calls of the ops of this
 package.
 
-Loops come first (`loops.py`), then the cells that are left, then calls of `torch.gru`; of what these have become, two that can
-run at once become one (`pairs.py`).  It runs on the graph as Dynamo (or `torch.export`) made it, before AOTAutograd; below that
-a GRU is already unrolled over time.
+Loops come first (`loops.py`, `steps.py`), then the cells that are left, then calls of `torch.gru`; of what these have become,
+two that can run at once become one (`pairs.py`).  It runs on the graph as Dynamo (or `torch.export`) made it, before
+AOTAutograd; below that a GRU is already unrolled over time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 import torch_gru_fuse.ops  # noqa: F401  (registers the ops)
 from torch_gru_fuse import torch_hooks
 from torch_gru_fuse.ops.schemas import ops
-from torch_gru_fuse.passes import cells, guards, loops, pairs
+from torch_gru_fuse.passes import buffers, cells, guards, loops, pairs, steps
 from torch_gru_fuse.passes.nodes import Emitter, Regions, aten, storages, value, write_positions
 
 log = logging.getLogger("torch_gru_fuse")
@@ -175,14 +175,16 @@ def _rewrite_cells(graph: Graph) -> int:
     """Loops over cells, and hand-written cells, become calls of the ops; calls of `torch.gru_cell` that are in no loop stay."""
     regions = Regions()
     found = cells.find_cells(graph, regions)
+    if buffers.forward_writes(graph, found.cells):
+        regions.forget()
+        found = cells.find_cells(graph, regions)
     if not found.cells and not found.others:
         return 0
     roller = loops.Roller(graph, found, regions, _options("gru"))
     count = 0
     for loop in roller.run():
         count += loop.reason is None
-        text = f"loop of {loop.steps} steps over {'' if loop.kind.startswith('torch') else 'a '}{loop.kind}"
-        _record("gru", loop.last, loop.reason, found=text, made=loop.made)
+        _record_loop(loop)
     for (reason, _), nodes in _by_place(found.others).items():
         _record("gru_cell", nodes[-1], reason, found="hand-written cell", count=len(nodes))
     for cell in list(found.cells.values()):
@@ -193,6 +195,19 @@ def _rewrite_cells(graph: Graph) -> int:
         count += made is not None
         _record("gru_cell", cell.node, reason, found=cell.kind, made=made)
     return count
+
+
+def _record_loop(loop: loops.Loop) -> None:
+    text = f"loop of {loop.steps} steps over {'' if loop.kind.startswith('torch') else 'a '}{loop.kind}"
+    _record("gru", loop.last, loop.reason, found=text, made=loop.made)
+
+
+def _roll_up_steps(graph: Graph) -> int:
+    """Calls of `torch.gru` over one time step each become one call of the op; those that are in no loop stay."""
+    found = steps.Roller(graph, _options("gru")).run()
+    for loop in found:
+        _record_loop(loop)
+    return sum(loop.reason is None for loop in found)
 
 
 def _is_on_cpu(node: Node) -> bool:
@@ -240,7 +255,7 @@ def _copy_changed_outputs(graph: Graph) -> None:
 def rewrite_graph(graph: Graph) -> int:
     """Rewrite one graph in place; returns the number of replaced calls."""
     recorded = len(_found)
-    count = _rewrite_cells(graph) + sum(run(graph) for run in _passes().values())
+    count = _rewrite_cells(graph) + _roll_up_steps(graph) + sum(run(graph) for run in _passes().values())
     if count:
         _pair_up(graph, recorded)
         _copy_changed_outputs(graph)
