@@ -243,14 +243,13 @@ def step(
     With resets dh, and the product, are what a reset before the step above has left of them.
 
     What a step hands on: dh without what comes through the product; what was seen of dy that another program makes; if EARLY,
-    what was taken from shared memory for the next step; sums.
+    what was taken from shared memory for the next step; sums; keep of this step.
     """
     dtype: gl.constexpr = p_d.dtype.element_ty
     gates: gl.constexpr = gate_layout(num_warps)
     HAS_Y: gl.constexpr = COPIES_Y or ABOVE
     AHEAD: gl.constexpr = 4 if EARLY else 3
-    b_dh, b_y, b_taken, sums = carried
-    b_keep_old = keep_of(p_keep, gl.maximum(t - 1, 0), T, backwards, o_b, B)
+    b_dh, b_y, b_taken, sums, b_keep_old = carried
     b_keep = keep_of(p_keep, t, T, backwards, o_b, B)
     s_old = s_gradients[i % 2]
     s_new = s_gradients[1 - i % 2]
@@ -288,7 +287,7 @@ def step(
         s_steps[(i + 2) % 4][2].store(receive(b_y, p_y, p_error, 1, LENGTH, TIMEOUT))
         p_y += gl.where(t + 3 < T, strides[0], 0)
         b_y = request(p_y, 1, LENGTH)
-    b_dh += kept(p_keep, in_order(b_product, U, N, num_warps), b_keep_old)  # of the first step the product is 0
+    b_dh += kept(p_keep, in_order(b_product, U, N, num_warps), b_keep_old)
     b_now = if_in_step(p_offsets, b_dh, gl.zeros([U, N], gl.float32, gates), t, lives[3])
     b_hn = b_now * f_hn
     b_r = b_now * f_r
@@ -306,7 +305,7 @@ def step(
     p_d += distance(p_offsets, gl.maximum(t - 1, 0), T, backwards, strides[0])
     b_dh = if_in_step(p_offsets, b_dh * b_z, b_dh, t, lives[3])
     b_dh = kept(p_keep, b_dh, b_keep)
-    return p_g, p_h, p_y, p_d, (b_dh, b_y, b_next, sums)
+    return p_g, p_h, p_y, p_d, (b_dh, b_y, b_next, sums, b_keep)
 
 
 @gluon.jit
@@ -411,7 +410,8 @@ def all_steps(
         barrier()
         b_taken = take(s_0, N, gates, HAS_Y)
 
-    carried = (b_dh, b_y, b_taken, (b_sum, b_sum, b_sum, b_sum))
+    b_keep = keep_of(p_keep, 0, T, backwards, o_b, B)  # of the first step the product is 0, whatever is left of it
+    carried = (b_dh, b_y, b_taken, (b_sum, b_sum, b_sum, b_sum), b_keep)
     fours = T // 4 * 4
     for t in range(0, fours, 4):
         for i in gl.static_range(4):
@@ -429,8 +429,7 @@ def all_steps(
             )  # fmt: skip
     async_copy.wait_group(0)
     barrier()
-    b_dh, b_y, b_taken, sums = carried
-    b_keep = keep_of(p_keep, T - 1, T, backwards, o_b, B)
+    b_dh, b_y, b_taken, sums, b_keep = carried
     m_d = in_step(p_offsets, m_d, T - 1, steps_d)
     if T % 2 == 0:
         b_dh = finish(s_even, b_dh, p_d, m_d, weights, p_keep, b_keep, H, U, N, num_warps, right, leave)
