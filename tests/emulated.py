@@ -31,6 +31,12 @@ class DType:
         self.torch = dtype
         self.primitive_bitwidth = dtype.itemsize * 8
 
+    def __eq__(self, other):
+        return self.torch == other.torch
+
+    def __hash__(self):
+        return hash(self.torch)
+
 
 class Block(torch.Tensor):
     """A block value."""
@@ -264,7 +270,7 @@ def allocate_shared(dtype, shape, layout):
 
 def stand_in() -> ModuleType:
     gl = ModuleType("gluon_language")
-    for name in ("float32", "float16", "bfloat16", "int32", "int64"):
+    for name in ("float32", "float16", "bfloat16", "uint8", "int32", "int64"):
         setattr(gl, name, DType(getattr(torch, name)))
     for name in ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout", "SwizzledSharedLayout"):
         setattr(gl, name, Layout)

@@ -238,12 +238,13 @@ def compile_whole_sequence(
     save_gates: bool = False,
     masked: bool = False,
     packed: bool = False,
+    keep: torch.dtype | None = None,
     capability: int = 89,
 ) -> Resources:
     """One launch of a plan: a stack, a layer, if ``reverse`` both directions of one, or a ``pair``.
 
-    hidden: any; it is padded as there.  masked: with dropout.  packed: of packed sequences.  steps, batch: not part of the
-    code.
+    hidden: any; it is padded as there.  masked: with dropout.  packed: of packed sequences.  keep: with resets of that dtype.
+    steps, batch: not part of the code.
     """
     new = functools.partial(torch.empty, dtype=dtype, device="meta")
     rows = (steps * batch,) if packed else (steps, batch)
@@ -270,6 +271,7 @@ def compile_whole_sequence(
         new(4, dtype=torch.int64), plan=plan.kernel, units=hidden, pair=pair,
         **(dict.fromkeys(("masks", "handed"), below) if masked else {}),
         **({"offsets": new(steps + 1 + batch, dtype=torch.int32)} if packed else {}),
+        **({} if keep is None else {"keep": new(steps, batch, dtype=keep)}),
     )  # fmt: skip
     return compile_launch(kernel, arguments, capability=capability)
 
@@ -285,9 +287,10 @@ def compile_whole_sequence_backward(
     steps: int = 16,
     masked: bool = False,
     packed: bool = False,
+    keep: torch.dtype | None = None,
     capability: int = 89,
 ) -> Resources:
-    """One launch of a plan's backward; hidden is a multiple of 16.  steps, batch: not part of the code."""
+    """One launch of a plan's backward; hidden is a multiple of 16.  The rest as in `compile_whole_sequence`."""
     new = functools.partial(torch.empty, dtype=dtype, device="meta")
     rows = (steps * batch,) if packed else (steps, batch)
     lanes = plan.lanes
@@ -306,6 +309,7 @@ def compile_whole_sequence_backward(
         new(lanes, programs, 4, hidden, dtype=torch.float32), new(4, dtype=torch.int64),
         plan=plan.kernel, pair=pair, **({"masks": below} if masked else {}),
         **({"offsets": new(steps + 1 + batch, dtype=torch.int32)} if packed else {}),
+        **({} if keep is None else {"keep": new(steps, batch, dtype=keep)}),
     )  # fmt: skip
     return compile_launch(kernel, arguments, capability=capability)
 

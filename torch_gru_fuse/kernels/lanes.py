@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -157,6 +158,35 @@ def is_step(p_offsets, i, rows):
         return (i < rows[1]) & takes_part(i, rows)
 
 
+# ---- resets -----------------------------------------------------------------------------------------------------------------
+#
+# ``p_keep`` [T, B] says what is left of the state before each step, in all lanes: a factor of the states' dtype, or a bool, as
+# uint8, that selects, so that a state that is NaN is gone after a reset.  A product with the state is changed and not the
+# state, row by row: diag(k) h W^T = diag(k) (h W^T), and what a thread has of the product is less than what it has of its
+# operands.  None: all is left; the functions below then do nothing, and cost nothing.
+
+
+@gluon.jit
+def keep_of(p_keep, i, steps, backwards, o_b, B):
+    """Of rows, before the i-th step of a lane; of rows beyond B nothing is left.  To be read before a wait, used after it."""
+    if p_keep is None:
+        return o_b
+    else:
+        return gl.load(p_keep + in_memory(i, steps, backwards) * B + o_b, mask=o_b < B, other=0)
+
+
+@gluon.jit
+def kept(p_keep, b_x, b_keep):
+    """What a reset leaves of a state, of a product with it or of its gradient."""
+    if p_keep is None:
+        return b_x
+    else:
+        if p_keep.dtype.element_ty == gl.uint8:
+            return gl.where(b_keep != 0, b_x, 0.0)
+        else:
+            return b_x * b_keep.to(gl.float32)
+
+
 # ---- gates ------------------------------------------------------------------------------------------------------------------
 
 
@@ -240,6 +270,15 @@ def dot(b_w, b_h, b_acc):
         return gl.nvidia.ampere.mma_v2(b_w, b_h, b_acc)
 
 
+@gluon.jit
+def dot_kept(p_keep, b_w, b_h, b_acc, b_keep, zero):
+    """acc + w @ h, of which a reset leaves what b_keep says: the product begins with zero then."""
+    if p_keep is None:
+        return dot(b_w, b_h, b_acc)
+    else:
+        return b_acc + kept(p_keep, dot(b_w, b_h, zero), b_keep)
+
+
 @gluon.constexpr_function
 def shared_bases(slices, units, batch):
     """Offset bit -> (slice, unit, batch) of the partial sums, such that both sides use all banks.
@@ -278,13 +317,14 @@ def most_registers(num_warps: int) -> int:
 
 
 def check_launch(
-    gi, h0, below, w_ih, w_hh, out, h_n, gates, masks=None, handed=None, pair=None, offsets=None
+    gi, h0, below, w_ih, w_hh, out, h_n, gates, masks=None, handed=None, pair=None, offsets=None, keep=None
 ) -> bool:
     """Sizes; whether the lanes are two directions.  offsets: of packed sequences, in whose tensors rows [N] are no [T, B]."""
     rows = out.shape[0 if pair is None else 1 : -1]
     lanes, batch, hidden = h_n.shape
     reverse = pair is None and gi.dim() == len(rows) + 2
     check_offsets(offsets, rows, batch)
+    check_keep(keep, out.dtype, rows, batch, pair, offsets)
     assert hidden % 16 == 0  # rows are read in vectors
     assert len(w_hh) == lanes and all(w.shape == (3 * hidden, hidden) for w in (*w_ih, *w_hh))
     if reverse:
@@ -311,13 +351,25 @@ def check_offsets(offsets, rows, batch) -> None:
     assert offsets is not None or rows[1] == batch
 
 
+def check_keep(keep, dtype, rows, batch, pair, offsets) -> None:
+    """Of resets, [T, B], or None; packed sequences and pairs have none."""
+    if keep is not None:
+        assert pair is None and offsets is None
+        assert keep.shape == (rows[0], batch) and keep.is_contiguous() and keep.dtype in (dtype, torch.bool)
+
+
+def keep_bytes(keep):
+    """As the kernels take it: bool by bytes."""
+    return keep.view(torch.uint8) if keep is not None and keep.dtype == torch.bool else keep
+
+
 def number_of_steps(out, batch, offsets) -> int:
     """T."""
     return out.shape[-3] if offsets is None else offsets.shape[0] - 1 - batch
 
 
 def launch_arguments(
-    gi, h0, below, w_ih, w_hh, b_ih, b_hh, out, h_n, gates, error, masks=None, handed=None, offsets=None
+    gi, h0, below, w_ih, w_hh, b_ih, b_hh, out, h_n, gates, error, masks=None, handed=None, offsets=None, keep=None
 ) -> dict[str, Any]:
     """What is not constant; places that are not used hold pointers of the right kind."""
     return dict(
@@ -326,16 +378,19 @@ def launch_arguments(
         p_b_ih=None if b_ih is None else tuple(b_ih), p_b_hh=None if b_hh is None else tuple(b_hh),
         p_masks=masks, p_masked=handed,
         p_out=out, p_h_n=h_n, p_gates=out if gates is None else gates, p_error=error,
-        p_offsets=offsets, T=number_of_steps(out, h_n.shape[1], offsets), B=h_n.shape[1],
+        p_offsets=offsets, p_keep=keep_bytes(keep), T=number_of_steps(out, h_n.shape[1], offsets), B=h_n.shape[1],
     )  # fmt: skip
 
 
-def check_backward(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, pair=None, offsets=None) -> bool:
+def check_backward(
+    dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, pair=None, offsets=None, keep=None
+) -> bool:
     """Sizes of a backward launch; whether the lanes are two directions.  offsets: as in ``check_launch``."""
     rows = out.shape[0 if pair is None else 1 : -1]
     lanes, batch, hidden = h0.shape
     reverse = lanes == 2 and out.shape[-1] == 2 * hidden
     check_offsets(offsets, rows, batch)
+    check_keep(keep, out.dtype, rows, batch, pair, offsets)
     assert hidden % 16 == 0 and len(w_hh) == lanes
     assert pair is None or lanes == 2 and pair in range(4)
     assert out.shape == (*([] if pair is None else [2]), *rows, hidden * (2 if reverse else 1))
@@ -355,12 +410,12 @@ def check_backward(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, d
 
 
 def backward_arguments(
-    dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, error, offsets=None
+    dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, error, offsets=None, keep=None
 ) -> dict[str, Any]:
     """What is not constant of a backward launch; places that are not used hold pointers of the right kind."""
     return dict(
         p_dy=dy, p_dhn=dhn, p_h0=h0, p_out=out, p_below=out if below is None else below, p_gates=gates,
         p_w_ih=tuple(w_ih or w_hh[:1]), p_w_hh=tuple(w_hh), p_masks=masks,
         p_d_gates=d_gates, p_dhx=dhx, p_sums=sums, p_error=error,
-        p_offsets=offsets, T=number_of_steps(out, h0.shape[1], offsets), B=h0.shape[1],
+        p_offsets=offsets, p_keep=keep_bytes(keep), T=number_of_steps(out, h0.shape[1], offsets), B=h0.shape[1],
     )  # fmt: skip

@@ -22,8 +22,11 @@ from .lanes import (
     barrier,
     check_launch,
     dot,
+    dot_kept,
     if_in_step,
     in_step,
+    keep_of,
+    kept,
     launch_arguments,
     load_biases,
     masked,
@@ -87,7 +90,7 @@ def save_step(p_save, b_r, b_z, b_n, b_hn, m, dtype: gl.constexpr, H: gl.constex
 @gluon.jit(do_not_specialize=["T", "B"])
 def resident_kernel(
     p_gi, p_h0, p_below, p_w_ih, p_w_hh, p_b_ih, p_b_hh, p_masks, p_masked,
-    p_out, p_h_n, p_gates, p_error, p_offsets,
+    p_out, p_h_n, p_gates, p_error, p_offsets, p_keep,
     T, B,
     LANES: gl.constexpr, H: gl.constexpr, HX: gl.constexpr,
     U: gl.constexpr, N: gl.constexpr,
@@ -96,7 +99,7 @@ def resident_kernel(
     num_warps: gl.constexpr,
 ):  # fmt: skip
     """All T steps of one lane for N batch rows; equations, arguments and what is saved are those of ``wavefront_kernel``, but
-    p_h0 is [lanes, B, H] throughout and may hold anything.  Packed sequences, too, are as there.
+    p_h0 is [lanes, B, H] throughout and may hold anything.  Packed sequences and resets, too, are as there.
 
     Each warp makes r, z and n of 16 (or more) units from all of h, so the gates of a unit meet in one thread.  gi comes by
     asynchronous copies three steps ahead; h_t leaves, in vectors, during the step after it.  EARLY: reads x of the next step
@@ -237,6 +240,7 @@ def resident_kernel(
                         stride_ht = rows_after(p_offsets, gl.maximum(t + i - 1, 0), T, backwards) * ROW_H
                         stride_xt = rows_after(p_offsets, t + i, T, backwards) * ROW_H
                         stride_st = stride_xt * 4
+                    b_keep = keep_of(p_keep, t + i, T, backwards, o_b, B)
                     if p_masks is not None:
                         m_mt = in_step(p_offsets, m_m & (t + i > 0), t + i - 1, steps_c)
                         b_mask = gl.load(p_mask, mask=m_mt, other=0.0)
@@ -254,11 +258,12 @@ def resident_kernel(
                     if EARLY:
                         b_x = issue(p_x, PACK // KW, 1, KW * BYTES, PACK)
                     b_t = round_operand(s_hs[i].permute([1, 0]).load(right_h))
-                    b_r = sigmoid(dot(b_wr, b_t, b_ar))
-                    b_hn = dot(b_wn, b_t, b_bias_hn)
-                    b_z = sigmoid(dot(b_wz, b_t, b_az))
+                    b_r = sigmoid(dot_kept(p_keep, b_wr, b_t, b_ar, b_keep, zero))
+                    b_hn = dot_kept(p_keep, b_wn, b_t, b_bias_hn, b_keep, zero)
+                    b_z = sigmoid(dot_kept(p_keep, b_wz, b_t, b_az, b_keep, zero))
                     b_n = tanh(b_an + b_r * b_hn)
                     b_old = b_h
+                    b_h = kept(p_keep, b_h, b_keep)
                     b_h = b_n + b_z * (b_h - b_n)
                     b_h = gl.where(b_h == b_h, b_h, float("nan"))
                     if HX < H:
@@ -299,6 +304,7 @@ def resident_kernel(
                         stride_ht = rows_after(p_offsets, gl.maximum(t + i - 1, 0), T, backwards) * ROW_H
                         stride_gt = rows_after(p_offsets, t + i + 3, T, backwards) * ROW_G
                         stride_st = rows_after(p_offsets, t + i, T, backwards) * (4 * H)
+                    b_keep = keep_of(p_keep, t + i, T, backwards, o_b, B)
                     if p_masks is not None:
                         m_mt = in_step(p_offsets, m_m & (t + i > 0), t + i - 1, steps_c)
                         b_mask = gl.load(p_mask, mask=m_mt, other=0.0)
@@ -308,19 +314,20 @@ def resident_kernel(
                     p_g += stride_gt
                     b_t = round_operand(s_hs[i % 2].permute([1, 0]).load(right_h))
                     if SHARE_BIAS:
-                        b_ar = dot(b_wr, b_t, shared_row(s_bias, 0, mma) + zero)
-                        b_hn = dot(b_wn, b_t, shared_row(s_bias, 3, mma) + zero)
-                        b_az = dot(b_wz, b_t, shared_row(s_bias, 1, mma) + zero)
+                        b_ar = dot_kept(p_keep, b_wr, b_t, shared_row(s_bias, 0, mma) + zero, b_keep, zero)
+                        b_hn = dot_kept(p_keep, b_wn, b_t, shared_row(s_bias, 3, mma) + zero, b_keep, zero)
+                        b_az = dot_kept(p_keep, b_wz, b_t, shared_row(s_bias, 1, mma) + zero, b_keep, zero)
                         b_an = shared_row(s_bias, 2, mma) + zero
                     else:
-                        b_ar = dot(b_wr, b_t, b_bias_r)
-                        b_hn = dot(b_wn, b_t, b_bias_hn)
-                        b_az = dot(b_wz, b_t, b_bias_z)
+                        b_ar = dot_kept(p_keep, b_wr, b_t, b_bias_r, b_keep, zero)
+                        b_hn = dot_kept(p_keep, b_wn, b_t, b_bias_hn, b_keep, zero)
+                        b_az = dot_kept(p_keep, b_wz, b_t, b_bias_z, b_keep, zero)
                         b_an = b_bias_n
                     b_r = sigmoid(b_ar + s_gis[i][0].permute([1, 0]).load(mma).to(gl.float32))
                     b_z = sigmoid(b_az + s_gis[i][1].permute([1, 0]).load(mma).to(gl.float32))
                     b_n = tanh(s_gis[i][2].permute([1, 0]).load(mma).to(gl.float32) + b_an + b_r * b_hn)
                     b_old = b_h
+                    b_h = kept(p_keep, b_h, b_keep)
                     b_h = b_n + b_z * (b_h - b_n)
                     b_h = gl.where(b_h == b_h, b_h, float("nan"))
                     if HX < H:
@@ -384,14 +391,16 @@ def resident_launch(
     handed: Tensor | None = None,
     pair: int | None = None,
     offsets: Tensor | None = None,
+    keep: Tensor | None = None,
     timeout_ns: int = 10_000_000_000,
 ) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and arguments of ``resident_kernel``; the tensors are those of ``wavefront_launch``, h0 is [lanes, B, H]."""
     lanes, (batch, hidden) = len(w_hh), h_n.shape[1:]
     assert h0.shape == h_n.shape and h0.is_contiguous()
     reverse = pair is None and gi.dim() == out.dim() + 1
-    check_launch(gi, h0.view(batch, -1) if reverse else h0, below, w_ih, w_hh, out, h_n, gates, masks, handed, pair, offsets)
-    arguments = launch_arguments(gi, h0, below, w_ih, w_hh, b_ih, b_hh, out, h_n, gates, error, masks, handed, offsets)
+    p_h0 = h0.view(batch, -1) if reverse else h0
+    check_launch(gi, p_h0, below, w_ih, w_hh, out, h_n, gates, masks, handed, pair, offsets, keep)
+    arguments = launch_arguments(gi, h0, below, w_ih, w_hh, b_ih, b_hh, out, h_n, gates, error, masks, handed, offsets, keep)
     arguments |= resident_constants(
         plan, lanes=lanes, hidden=hidden, units=units or hidden, reverse=reverse, save_gates=gates is not None,
         timeout_ns=timeout_ns, pair=pair,

@@ -34,6 +34,8 @@ from .lanes import (
     if_in_step,
     in_step,
     is_step,
+    keep_of,
+    kept,
     masked,
     most_registers,
     round_operand,
@@ -226,7 +228,7 @@ def before(p_offsets, i, T, p_h0, p_h, rows):
 @gluon.jit
 def step(
     i: gl.constexpr, t, T,
-    p_g, p_h, p_h0, p_y, p_d, p_error, p_offsets, backwards, strides, m_g, m_h, m_d, m, lives,
+    p_g, p_h, p_h0, p_y, p_d, p_error, p_offsets, p_keep, backwards, B, strides, o_b, m_g, m_h, m_d, m, lives,
     weights, s_gradients, s_steps,
     carried,
     H: gl.constexpr, U: gl.constexpr, N: gl.constexpr, num_warps: gl.constexpr,
@@ -238,14 +240,17 @@ def step(
     lives: ``row_steps`` of m_g, m_h, m_d and m.  A row of packed sequences that does not take part has zeros for gradients and
     keeps dh, to which the product of the step before is still added.
 
+    With resets dh, and the product, are what a reset before the step above has left of them.
+
     What a step hands on: dh without what comes through the product; what was seen of dy that another program makes; if EARLY,
-    what was taken from shared memory for the next step; sums.
+    what was taken from shared memory for the next step; sums; keep of this step.
     """
     dtype: gl.constexpr = p_d.dtype.element_ty
     gates: gl.constexpr = gate_layout(num_warps)
     HAS_Y: gl.constexpr = COPIES_Y or ABOVE
     AHEAD: gl.constexpr = 4 if EARLY else 3
-    b_dh, b_y, b_taken, sums = carried
+    b_dh, b_y, b_taken, sums, b_keep_old = carried
+    b_keep = keep_of(p_keep, t, T, backwards, o_b, B)
     s_old = s_gradients[i % 2]
     s_new = s_gradients[1 - i % 2]
     async_copy.wait_group(2)
@@ -267,9 +272,12 @@ def step(
         gl.store(p_d + g * H, b_left[g], mask=m_d)
 
     b_z = b_taken[1].to(gl.float32)
-    f_hn, f_r, f_z, f_n = gate_factors(
-        b_taken[0].to(gl.float32), b_z, b_taken[2].to(gl.float32), b_taken[3].to(gl.float32), b_taken[4].to(gl.float32)
-    )
+    b_r = b_taken[0].to(gl.float32)
+    b_n = b_taken[2].to(gl.float32)
+    b_hn = b_taken[3].to(gl.float32)
+    b_h = b_taken[4].to(gl.float32)
+    b_h = kept(p_keep, b_h, b_keep)
+    f_hn, f_r, f_z, f_n = gate_factors(b_r, b_z, b_n, b_hn, b_h)
     if HAS_Y:
         b_dy = b_taken[5].to(gl.float32)
         if ABOVE:
@@ -279,7 +287,7 @@ def step(
         s_steps[(i + 2) % 4][2].store(receive(b_y, p_y, p_error, 1, LENGTH, TIMEOUT))
         p_y += gl.where(t + 3 < T, strides[0], 0)
         b_y = request(p_y, 1, LENGTH)
-    b_dh += in_order(b_product, U, N, num_warps)
+    b_dh += kept(p_keep, in_order(b_product, U, N, num_warps), b_keep_old)
     b_now = if_in_step(p_offsets, b_dh, gl.zeros([U, N], gl.float32, gates), t, lives[3])
     b_hn = b_now * f_hn
     b_r = b_now * f_r
@@ -296,23 +304,25 @@ def step(
     p_h += distance(p_offsets, t + AHEAD + 1, T, backwards, strides[1])
     p_d += distance(p_offsets, gl.maximum(t - 1, 0), T, backwards, strides[0])
     b_dh = if_in_step(p_offsets, b_dh * b_z, b_dh, t, lives[3])
-    return p_g, p_h, p_y, p_d, (b_dh, b_y, b_next, sums)
+    b_dh = kept(p_keep, b_dh, b_keep)
+    return p_g, p_h, p_y, p_d, (b_dh, b_y, b_next, sums, b_keep)
 
 
 @gluon.jit
 def finish(
-    s_old, b_dh, p_d, m_d, weights,
+    s_old, b_dh, p_d, m_d, weights, p_keep, b_keep,
     H: gl.constexpr, U: gl.constexpr, N: gl.constexpr, num_warps: gl.constexpr, right: gl.constexpr, leave: gl.constexpr,
 ):  # fmt: skip
     """After all steps: the last gradients leave; the gradient of the initial state."""
     for g in gl.static_range(4):
         gl.store(p_d + g * H, s_old[g].load(leave), mask=m_d)
-    return b_dh + in_order(multiply(weights, s_old[1], s_old[2], s_old[0], U, N, num_warps, right, True), U, N, num_warps)
+    b_product = in_order(multiply(weights, s_old[1], s_old[2], s_old[0], U, N, num_warps, right, True), U, N, num_warps)
+    return b_dh + kept(p_keep, b_product, b_keep)
 
 
 @gluon.jit
 def all_steps(
-    p_g, p_h, p_h0, p_y, p_dhn, p_w, p_d, p_dhx, p_sums, p_error, p_offsets, p_lengths, backwards,
+    p_g, p_h, p_h0, p_y, p_dhn, p_w, p_d, p_dhx, p_sums, p_error, p_offsets, p_lengths, p_keep, backwards,
     strides, l, i_b, T, B,
     H: gl.constexpr, ROW_H: gl.constexpr, U: gl.constexpr, N: gl.constexpr, num_warps: gl.constexpr,
     COPIES_Y: gl.constexpr, ABOVE: gl.constexpr, TIMEOUT: gl.constexpr,
@@ -400,30 +410,31 @@ def all_steps(
         barrier()
         b_taken = take(s_0, N, gates, HAS_Y)
 
-    carried = (b_dh, b_y, b_taken, (b_sum, b_sum, b_sum, b_sum))
+    b_keep = keep_of(p_keep, 0, T, backwards, o_b, B)  # of the first step the product is 0, whatever is left of it
+    carried = (b_dh, b_y, b_taken, (b_sum, b_sum, b_sum, b_sum), b_keep)
     fours = T // 4 * 4
     for t in range(0, fours, 4):
         for i in gl.static_range(4):
             p_g, p_h, p_y, p_d, carried = step(
-                i, t + i, T, p_g, p_h, p_h0, p_y, p_d, p_error, p_offsets, backwards, strides, m_g, m_h, m_d, m, lives,
-                weights, s_gradients, s_steps, carried,
+                i, t + i, T, p_g, p_h, p_h0, p_y, p_d, p_error, p_offsets, p_keep, backwards, B, strides,
+                o_b, m_g, m_h, m_d, m, lives, weights, s_gradients, s_steps, carried,
                 H, U, N, num_warps, right, leave, LENGTH, EARLY, COPIES_Y, ABOVE, TIMEOUT,
             )  # fmt: skip
     for i in gl.static_range(3):
         if fours + i < T:
             p_g, p_h, p_y, p_d, carried = step(
-                i, fours + i, T, p_g, p_h, p_h0, p_y, p_d, p_error, p_offsets, backwards, strides, m_g, m_h, m_d, m, lives,
-                weights, s_gradients, s_steps, carried,
+                i, fours + i, T, p_g, p_h, p_h0, p_y, p_d, p_error, p_offsets, p_keep, backwards, B, strides,
+                o_b, m_g, m_h, m_d, m, lives, weights, s_gradients, s_steps, carried,
                 H, U, N, num_warps, right, leave, LENGTH, EARLY, COPIES_Y, ABOVE, TIMEOUT,
             )  # fmt: skip
     async_copy.wait_group(0)
     barrier()
-    b_dh, b_y, b_taken, sums = carried
+    b_dh, b_y, b_taken, sums, b_keep = carried
     m_d = in_step(p_offsets, m_d, T - 1, steps_d)
     if T % 2 == 0:
-        b_dh = finish(s_even, b_dh, p_d, m_d, weights, H, U, N, num_warps, right, leave)
+        b_dh = finish(s_even, b_dh, p_d, m_d, weights, p_keep, b_keep, H, U, N, num_warps, right, leave)
     else:
-        b_dh = finish(s_odd, b_dh, p_d, m_d, weights, H, U, N, num_warps, right, leave)
+        b_dh = finish(s_odd, b_dh, p_d, m_d, weights, p_keep, b_keep, H, U, N, num_warps, right, leave)
     # these addresses are made only now, for they would hold registers
     p_dhx += l * (gl.cast(B, gl.int64) * H)
     p_sums += (l * ((B + N - 1) // N) + i_b) * (4 * H)
@@ -528,7 +539,7 @@ def project(
 @gluon.jit(do_not_specialize=["T", "B"])
 def resident_backward_kernel(
     p_dy, p_dhn, p_h0, p_out, p_below, p_gates, p_w_ih, p_w_hh, p_masks,
-    p_d_gates, p_dhx, p_sums, p_error, p_offsets,
+    p_d_gates, p_dhx, p_sums, p_error, p_offsets, p_keep,
     T, B,
     LANES: gl.constexpr, H: gl.constexpr,
     U: gl.constexpr, N: gl.constexpr,
@@ -545,7 +556,7 @@ def resident_backward_kernel(
     Gates, states and dy come by asynchronous copies three steps ahead; gradients leave, in vectors, during the step after
     theirs.
 
-    Packed sequences are as there, but not of a stack.
+    Resets are as there, and so are packed sequences, but not of a stack.
 
     Bytes a step: gates 4NH, state NH and dy NH read, gradients 4NH written; between lanes 3NH read, a mask NH, NH written.
     Bound by latency: shared memory, a chain of H products, a barrier.
@@ -610,13 +621,13 @@ def resident_backward_kernel(
         p_w = select(p_w_hh, l)
         if STACK and l < LANES - 1:
             all_steps(
-                p_gates + o_d, p_h, p_first, p_d, p_last, p_w, p_d, p_dhx, p_sums, p_error, p_offsets, p_lengths, backwards,
-                strides, l, i_b, T, B, H, ROW_H, U, N, num_warps, False, True, TIMEOUT,
+                p_gates + o_d, p_h, p_first, p_d, p_last, p_w, p_d, p_dhx, p_sums, p_error, p_offsets, p_lengths, p_keep,
+                backwards, strides, l, i_b, T, B, H, ROW_H, U, N, num_warps, False, True, TIMEOUT,
             )  # fmt: skip
         else:
             all_steps(
-                p_gates + o_d, p_h, p_first, p_y, p_last, p_w, p_d, p_dhx, p_sums, p_error, p_offsets, p_lengths, backwards,
-                strides, l, i_b, T, B, H, ROW_H, U, N, num_warps, p_dy is not None, False, TIMEOUT,
+                p_gates + o_d, p_h, p_first, p_y, p_last, p_w, p_d, p_dhx, p_sums, p_error, p_offsets, p_lengths, p_keep,
+                backwards, strides, l, i_b, T, B, H, ROW_H, U, N, num_warps, p_dy is not None, False, TIMEOUT,
             )  # fmt: skip
 
 
@@ -650,15 +661,16 @@ def resident_backward_launch(
     masks: Tensor | None = None,
     pair: int | None = None,
     offsets: Tensor | None = None,
+    keep: Tensor | None = None,
     timeout_ns: int = 10_000_000_000,
 ) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and arguments of ``resident_backward_kernel``; the tensors are those of ``wavefront_backward_launch``, but only a
     stack's d_gates has to be filled.  A stack of L lanes takes as many programs as 2L-1 lanes."""
     lanes, batch, hidden = h0.shape
-    reverse = check_backward(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, pair, offsets)
+    reverse = check_backward(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, pair, offsets, keep)
     assert offsets is None or reverse or lanes == 1
     assert sums.shape[1] == -(-batch // plan.rows)
-    arguments = backward_arguments(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, error, offsets)
+    arguments = backward_arguments(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, error, offsets, keep)
     arguments |= resident_backward_constants(
         plan, lanes=lanes, hidden=hidden, reverse=reverse, timeout_ns=timeout_ns, pair=pair
     )

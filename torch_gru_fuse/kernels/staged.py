@@ -26,6 +26,8 @@ from .lanes import (
     dot,
     gate_layout,
     groups_of,
+    keep_of,
+    kept,
     launch_arguments,
     load_biases,
     most_registers,
@@ -169,7 +171,7 @@ def states_at(p_offsets, p, p_first, o_b, o_k, rows, B, ROW_H: gl.constexpr, RIN
 @gluon.jit(do_not_specialize=["T", "B"])
 def staged_kernel(
     p_gi, p_h0, p_below, p_w_ih, p_w_hh, p_b_ih, p_b_hh, p_masks, p_masked,
-    p_out, p_h_n, p_gates, p_error, p_offsets,
+    p_out, p_h_n, p_gates, p_error, p_offsets, p_keep,
     T, B,
     LANES: gl.constexpr, H: gl.constexpr, HX: gl.constexpr,
     U: gl.constexpr, N: gl.constexpr, TILES: gl.constexpr,
@@ -200,6 +202,9 @@ def staged_kernel(
     Packed sequences: p_offsets, see ``lanes``; rows [N] of all steps take the place of [T, B], and there is no RING.  A row
     takes part in a step that has more rows than come before it.  A program ends with its first sequence, and a pair of tiles is
     passed over in steps in which none of its rows take part.
+
+    Resets: p_keep [T, B], see ``lanes``: k_t h_{t-1} takes the place of h_{t-1} in all terms.  A step reads keep of a program's
+    rows, one value a row, before it waits.
 
     Bytes a step and lane: each program reads the B*H states of its rows once and writes its own, gi 3BH once, gates 4BH
     written; weights none.  Bound by tensor cores (mma.sync) and shared memory where TILES > 1, else by one crossing, one
@@ -378,6 +383,7 @@ def staged_kernel(
                 b_ar = zero
                 b_az = zero
                 b_an = zero
+                b_keep = keep_of(p_keep, t, T, l, o_b + tile * N, B)
                 for p in gl.static_range(PIECES):
                     if PAIR == 1 and p == 0:
                         p_t = states_at(p_offsets, p_old, p_first, o_cn, o_first, rows_old, B, ROW_H, RING)
@@ -431,6 +437,9 @@ def staged_kernel(
                     b_ar = gl.sum(b_ar, axis=0)
                     b_az = gl.sum(b_az, axis=0)
                     b_an = gl.sum(b_an, axis=0)
+                b_ar = kept(p_keep, b_ar, b_keep)
+                b_az = kept(p_keep, b_az, b_keep)
+                b_an = kept(p_keep, b_an, b_keep)
                 b_an += shared_row(s_bias, 3, gate)
                 b_r = sigmoid(b_ar + read_gi(s_gi_r, slot, gate) + shared_row(s_bias, 0, gate))
                 b_z = sigmoid(b_az + read_gi(s_gi_z, slot, gate) + shared_row(s_bias, 1, gate))
@@ -440,6 +449,7 @@ def staged_kernel(
                 else:
                     b_h = b_hs[j]
                 b_before = b_h
+                b_h = kept(p_keep, b_h, b_keep)
                 b_h = b_n + b_z * (b_h - b_n)
                 b_h = gl.where(b_h == b_h, b_h, float("nan"))
                 if HX < H:
@@ -520,10 +530,11 @@ def staged_launch(
     units: int | None = None,
     pair: int | None = None,
     offsets: Tensor | None = None,
+    keep: Tensor | None = None,
     timeout_ns: int = 10_000_000_000,
 ) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and arguments of ``staged_kernel``: those of ``wavefront_launch``, but for stacks; below is a ring or None."""
-    reverse = check_launch(gi, h0, below, w_ih, w_hh, out, h_n, gates, pair=pair, offsets=offsets)
+    reverse = check_launch(gi, h0, below, w_ih, w_hh, out, h_n, gates, pair=pair, offsets=offsets, keep=keep)
     lanes, batch, hidden = h_n.shape
     if plan.ring:
         assert offsets is None
@@ -532,5 +543,5 @@ def staged_launch(
         plan, lanes=lanes, hidden=hidden, units=units or hidden, reverse=reverse, save_gates=gates is not None,
         timeout_ns=timeout_ns, pair=pair,
     )  # fmt: skip
-    arguments = launch_arguments(gi, h0, below, w_ih, w_hh, b_ih, b_hh, out, h_n, gates, error, offsets=offsets)
+    arguments = launch_arguments(gi, h0, below, w_ih, w_hh, b_ih, b_hh, out, h_n, gates, error, offsets=offsets, keep=keep)
     return (plan.programs(lanes, batch, hidden),), arguments | constants

@@ -25,6 +25,8 @@ from .lanes import (
     dot,
     first_row,
     groups_of,
+    keep_of,
+    kept,
     most_registers,
     rows_after,
     rows_of,
@@ -195,7 +197,7 @@ def handed(b_x, dtype: gl.constexpr):
 @gluon.jit(do_not_specialize=["T", "B"])
 def staged_backward_kernel(
     p_dy, p_dhn, p_h0, p_out, p_below, p_gates, p_w_ih, p_w_hh, p_masks,
-    p_d_gates, p_dhx, p_sums, p_error, p_offsets,
+    p_d_gates, p_dhx, p_sums, p_error, p_offsets, p_keep,
     T, B,
     LANES: gl.constexpr, H: gl.constexpr,
     U: gl.constexpr, N: gl.constexpr, TILES: gl.constexpr,
@@ -229,6 +231,9 @@ def staged_backward_kernel(
     Packed sequences: p_offsets, see ``lanes``; rows [N] of all steps take the place of [T, B].  A row takes part in a step that
     has more rows than come before it; before and after its steps its dh stays as it is, but for the product that follows the
     last.  A pair of tiles is passed over in steps in which none of its rows take part, nor have in the one before.
+
+    Resets: p_keep [T, B], see ``lanes``: k_t h_{t-1} takes the place of h_{t-1}, and dh_{t-1} - dy_{t-1}, or the gradient of
+    h_0, is k_t times what it is above.  A step reads keep of a program's rows, of two steps.
 
     Bytes a step and lane: each program reads 3BH gate gradients of its rows and writes 4BH of its own; gates, state and dy of
     its own 6BH read; weights none.  Bound by instructions and shared memory where TILES > 1, for large H by what all programs
@@ -409,6 +414,8 @@ def staged_backward_kernel(
                 ends = after == pairs * PAIR
                 after = gl.where(ends, 0, after)
                 b_accs = (zero, zero, zero)
+                b_keep = keep_of(p_keep, gl.minimum(s, T - 1), T, backwards, o_b + tile * N, B)
+                b_keep_old = keep_of(p_keep, gl.maximum(s - 1, 0), T, backwards, o_b + tile * N, B)
                 for p in gl.static_range(PIECES):
                     if PAIR == 1 and p == 0:
                         p_t = gates_at(p_old, gl.minimum(o_cn, rows_old - 1) * ROW_G, o_ck, 0, GATES, H, KP, VECTOR, WHOLE)
@@ -464,6 +471,8 @@ def staged_backward_kernel(
                 if p_offsets is not None:
                     m_old = m_old & (o_r < rows_old)
                 b_dh = b_carry + gl.where(m_old, b_acc, 0.0)  # 0 where there is no row
+                if p_keep is not None:
+                    b_dh = gl.where(s > 0, kept(p_keep, b_dh, b_keep_old), b_dh)
                 if s < T:
                     b_whole = b_dh
                     m_t = m
@@ -474,7 +483,8 @@ def staged_backward_kernel(
                         b_in = read_inputs(s_in, slot, gate)
                     if p_dy is not None:
                         b_dh += b_in[5]
-                    b_dhn, b_dr, b_dz, b_dn, b_carry = gate_gradients(b_dh, b_in[0], b_in[1], b_in[2], b_in[3], b_in[4])
+                    b_h = kept(p_keep, b_in[4], b_keep)
+                    b_dhn, b_dr, b_dz, b_dn, b_carry = gate_gradients(b_dh, b_in[0], b_in[1], b_in[2], b_in[3], b_h)
                     if p_offsets is not None:
                         b_carry = gl.where(m_t, b_carry, b_whole)
                     p_d = p_new + (o_r * ROW_G + o_u)
@@ -560,6 +570,7 @@ def staged_backward_launch(
     masks: Tensor | None = None,
     pair: int | None = None,
     offsets: Tensor | None = None,
+    keep: Tensor | None = None,
     timeout_ns: int = 10_000_000_000,
 ) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and arguments of ``staged_backward_kernel``: those of ``wavefront_backward_launch`` for one layer or a pair.
@@ -568,9 +579,9 @@ def staged_backward_launch(
     sums: float32 [lanes, -(-B // (rows * tiles)), 4, H].
     """
     lanes, batch, hidden = h0.shape
-    reverse = check_backward(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, pair, offsets)
+    reverse = check_backward(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, pair, offsets, keep)
     assert sums.shape[1] == -(-batch // (plan.rows * plan.tiles))
-    arguments = backward_arguments(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, error, offsets)
+    arguments = backward_arguments(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, error, offsets, keep)
     arguments |= staged_backward_constants(
         plan, lanes=lanes, hidden=hidden, reverse=reverse, timeout_ns=timeout_ns, pair=pair
     )

@@ -23,10 +23,13 @@ from .lanes import (
     barrier,
     check_launch,
     dot,
+    dot_kept,
     first_row,
     gate_layout,
     if_in_step,
     in_step,
+    keep_of,
+    kept,
     launch_arguments,
     load_biases,
     masked,
@@ -79,7 +82,7 @@ def strides(rows, ROW_H: gl.constexpr, H: gl.constexpr):
 @gluon.jit(do_not_specialize=["T", "B"])
 def wavefront_kernel(
     p_gi, p_h0, p_below, p_w_ih, p_w_hh, p_b_ih, p_b_hh, p_masks, p_masked,
-    p_out, p_h_n, p_gates, p_error, p_offsets,
+    p_out, p_h_n, p_gates, p_error, p_offsets, p_keep,
     T, B,
     LANES: gl.constexpr, H: gl.constexpr, HX: gl.constexpr,
     U: gl.constexpr, N: gl.constexpr,
@@ -114,6 +117,9 @@ def wavefront_kernel(
     Packed sequences: p_offsets, see ``lanes``; rows [N] of all steps take the place of [T, B].  A program ends with its longest
     sequence.  Before and after the steps of a shorter one its h stays as it is, which at the end is h_n; what it polls then is
     there in any case, the state of another row or h0, and what it makes of it is not stored.
+
+    Resets: p_keep [T, B], see ``lanes``: k_t h_{t-1} takes the place of h_{t-1} in all terms.  A step reads keep of a program's
+    rows, one value a row, before it waits.
 
     AHEAD steps before they are due, lines of gi and of states are brought to L2: the fill had pushed them out.
 
@@ -270,6 +276,7 @@ def wavefront_kernel(
     if REVERSE:
         steps_n = row_steps(p_lengths, gl.minimum(o_n, B - 1), T, backwards)
     zero = gl.zeros([KS, U, N], gl.float32, mma)
+    o_m = i_b * N + gl.expand_dims(gl.expand_dims(gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(1, mma))), 0), 1)
     B_x = B  # rows of the polled x, and of h
     B_h = B
 
@@ -307,6 +314,8 @@ def wavefront_kernel(
         b_xn = add_slices(s_x, 0, KH, over_h, gate)
         for t in range(T):
             m_t = in_step(p_offsets, m, t, steps_b)
+            b_keep = keep_of(p_keep, t, T, backwards, o_b, B)
+            b_keep_m = keep_of(p_keep, t, T, backwards, o_m, B)
             if p_offsets is not None:
                 stride_ht, stride_gt, stride_st = strides(rows_after(p_offsets, t, T, backwards), ROW_H, H)
             p_x += gl.where(t + 1 < T, stride_ht, 0)
@@ -317,9 +326,9 @@ def wavefront_kernel(
             b_t = issue(p_t, VECTORS, K_VECTORS, VECTOR_BYTES, PACK)
             b_t = settle(b_t, p_t, p_error, VECTORS, K_VECTORS, VECTOR_BYTES, PACK, TIMEOUT)
             b_t = clear_beyond(b_t, m_k, WHOLE)
-            s_r.store(dot(b_wr, b_t, b_xr))
-            s_n.store(dot(b_wn, b_t, zero))
-            s_z.store(dot(b_wz, b_t, b_xz))
+            s_r.store(dot_kept(p_keep, b_wr, b_t, b_xr, b_keep_m, zero))
+            s_n.store(kept(p_keep, dot(b_wn, b_t, zero), b_keep_m))
+            s_z.store(dot_kept(p_keep, b_wz, b_t, b_xz, b_keep_m, zero))
             if SHARE_BIAS:
                 b_r = sigmoid(add_slices(s_r, 0, KH, over_h, gate) + shared_row(s_bias, 0, gate))
                 b_hn = add_slices(s_n, 0, KH, over_h, gate) + shared_row(s_bias, 3, gate)
@@ -331,6 +340,7 @@ def wavefront_kernel(
                 b_z = sigmoid(add_slices(s_z, 0, KH, over_h, gate) + b_bias_z)
                 b_n = tanh(b_xn + b_bias_n + b_r * b_hn)
             b_before = b_h
+            b_h = kept(p_keep, b_h, b_keep)
             b_h = b_n + b_z * (b_h - b_n)
             b_h = gl.where(b_h == b_h, b_h, float("nan"))
             if HX < H:
@@ -384,6 +394,7 @@ def wavefront_kernel(
         for t in range(T):
             m_t = in_step(p_offsets, m, t, steps_b)
             m_gt = in_step(p_offsets, m_g, t, steps_b)
+            b_keep = keep_of(p_keep, t, T, backwards, o_b, B)
             if p_offsets is not None:
                 stride_ht, stride_gt, stride_st = strides(rows_after(p_offsets, t, T, backwards), ROW_H, H)
                 rows_x = rows_after(p_offsets, t + 1, T, backwards)
@@ -420,11 +431,12 @@ def wavefront_kernel(
                 b_az += b_bias_z
                 b_an += b_bias_n
                 b_ahn = b_bias_hn
-            b_r = sigmoid(add_slices(s_r, KX, KH, over_h, gate) + b_ar)
-            b_hn = add_slices(s_n, KX, KH, over_h, gate) + b_ahn
-            b_z = sigmoid(add_slices(s_z, KX, KH, over_h, gate) + b_az)
+            b_r = sigmoid(kept(p_keep, add_slices(s_r, KX, KH, over_h, gate), b_keep) + b_ar)
+            b_hn = kept(p_keep, add_slices(s_n, KX, KH, over_h, gate), b_keep) + b_ahn
+            b_z = sigmoid(kept(p_keep, add_slices(s_z, KX, KH, over_h, gate), b_keep) + b_az)
             b_n = tanh(b_an + b_r * b_hn)
             b_before = b_h
+            b_h = kept(p_keep, b_h, b_keep)
             b_h = b_n + b_z * (b_h - b_n)
             b_h = gl.where(b_h == b_h, b_h, float("nan"))
             if HX < H:
@@ -501,6 +513,7 @@ def wavefront_launch(
     handed: Tensor | None = None,
     pair: int | None = None,
     offsets: Tensor | None = None,
+    keep: Tensor | None = None,
     timeout_ns: int = 10_000_000_000,
 ) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and arguments of ``wavefront_kernel``; all tensors are contiguous, and H is a multiple of 16.
@@ -514,10 +527,11 @@ def wavefront_launch(
     units: those that are no padding.  masks, handed: with dropout in a stack, both like below; handed is filled like that.
     pair: None, or which lanes of a pair walk backwards, a bit each.
     offsets: of packed sequences, int32 [T + 1 + B], see ``lanes``; then [N] takes the place of [T, B] everywhere.
+    keep: with resets, bool or of the dtype of the states [T, B]; not of a pair or of packed sequences.
     """
     lanes, (batch, hidden) = len(w_hh), h_n.shape[1:]
-    reverse = check_launch(gi, h0, below, w_ih, w_hh, out, h_n, gates, masks, handed, pair, offsets)
-    arguments = launch_arguments(gi, h0, below, w_ih, w_hh, b_ih, b_hh, out, h_n, gates, error, masks, handed, offsets)
+    reverse = check_launch(gi, h0, below, w_ih, w_hh, out, h_n, gates, masks, handed, pair, offsets, keep)
+    arguments = launch_arguments(gi, h0, below, w_ih, w_hh, b_ih, b_hh, out, h_n, gates, error, masks, handed, offsets, keep)
     arguments |= wavefront_constants(
         plan, lanes=lanes, hidden=hidden, units=units or hidden, reverse=reverse, save_gates=gates is not None,
         timeout_ns=timeout_ns, pair=pair,

@@ -27,6 +27,8 @@ from .lanes import (
     if_in_step,
     in_step,
     is_step,
+    keep_of,
+    kept,
     most_registers,
     round_parameter,
     row_steps,
@@ -88,7 +90,7 @@ def poll(p_r, p_z, p_n, p_error, m_k, WHOLE: gl.constexpr,
 @gluon.jit(do_not_specialize=["T", "B"])
 def wavefront_backward_kernel(
     p_dy, p_dhn, p_h0, p_out, p_below, p_gates, p_w_ih, p_w_hh, p_masks,
-    p_d_gates, p_dhx, p_sums, p_error, p_offsets,
+    p_d_gates, p_dhx, p_sums, p_error, p_offsets, p_keep,
     T, B,
     LANES: gl.constexpr, H: gl.constexpr,
     U: gl.constexpr, N: gl.constexpr,
@@ -114,6 +116,9 @@ def wavefront_backward_kernel(
     Packed sequences: p_offsets, see ``lanes``; rows [N] of all steps take the place of [T, B].  A program begins with the last
     step of its longest sequence.  The gradient of a sequence's h_n waits for the steps of the sequence, and that of its h0
     stays as it is after them; what such a row polls then are the gradients of another.
+
+    Resets: p_keep [T, B], see ``lanes``: k_t h_{t-1} takes the place of h_{t-1}, and dh_{t-1} - dy_{t-1}, or the gradient of
+    h_0, is k_t times what it is above.  A step reads keep of a program's rows, a step ahead.
 
     H is a multiple of 16.  The warps: KH slices of k for the own lane, beside them KX for the lane above, one step ahead (0:
     once the gradients are on their way, the same warps take those of the lane above for the next step, from a second set of
@@ -198,8 +203,9 @@ def wavefront_backward_kernel(
         stride_d = rows_t * ROW_D
 
     # Partial sums.
-    # Of the lane above apart: dropout applies to their sum, and a row may take part in its step and not in the own one.
-    APART: gl.constexpr = p_masks is not None or p_offsets is not None
+    # Of the lane above apart: dropout applies to their sum, resets to that of the own one, and a row may take part in its step
+    # and not in the own one.
+    APART: gl.constexpr = p_masks is not None or p_offsets is not None or p_keep is not None
     s_sum = gl.allocate_shared_memory(gl.float32, [KS, U, N], banked)
     if AFTER and APART:
         s_x = gl.allocate_shared_memory(gl.float32, [KS, U, N], banked)
@@ -251,6 +257,8 @@ def wavefront_backward_kernel(
     m_dyt = in_step(p_offsets, m_dy, 0, steps_b)
     saved = load_saved(p_g + o_d, gl.where(is_step(p_offsets, 1, steps_b), p_before, p_first), p_y, m_t, m_dyt, b_zero, H)
     b_r, b_z, b_n, b_hn, b_h, b_dy = saved
+    b_keep = keep_of(p_keep, 0, T, backwards, o_b, B)
+    b_h = kept(p_keep, b_h, b_keep)
 
     # The polled tile [slices, k, batch].  Rows beyond the batch read its last row, vectors beyond H the first ones.
     o_k = gl.expand_dims(gl.expand_dims(gl.arange(0, KC, gl.SliceLayout(0, gl.SliceLayout(2, right))), 0), 2)
@@ -347,6 +355,7 @@ def wavefront_backward_kernel(
             p_y += gl.where(more, stride_h, 0)
         m_t = in_step(p_offsets, m, t + 1, steps_b)
         m_dyt = in_step(p_offsets, m_dy, t + 1, steps_b)
+        b_keep_next = keep_of(p_keep, gl.minimum(t + 1, T - 1), T, backwards, o_b, B)
         b_r, b_z, b_n, b_hn, b_h, b_dy = load_saved(
             p_g + o_d, gl.where(is_step(p_offsets, t + 2, steps_b), p_before, p_first), p_y, m_t, m_dyt, b_zero, H
         )
@@ -389,8 +398,11 @@ def wavefront_backward_kernel(
         b_az = dot(b_wz, b_tz, b_az)
         b_an = dot(b_wn, b_tn, b_an)
         s_sum.store(b_ar + b_az + b_an)
+        b_h = kept(p_keep, b_h, b_keep_next)
         b_fhn, b_fr, b_fz, b_fn = gate_factors(b_r, b_z, b_n, b_hn, b_h)
         b_c += if_in_step(p_offsets, add_slices(s_sum, KX, KH, over_h, gate), b_zero, t, steps_b)
+        b_c = kept(p_keep, b_c, b_keep)
+        b_keep = b_keep_next
         if KX > 0:
             b_dx = add_slices(s_sum, 0, KX, over_x, gate)
             if p_masks is not None:
@@ -445,6 +457,7 @@ def wavefront_backward_launch(
     masks: Tensor | None = None,
     pair: int | None = None,
     offsets: Tensor | None = None,
+    keep: Tensor | None = None,
     timeout_ns: int = 10_000_000_000,
 ) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and arguments of ``wavefront_backward_kernel``; all tensors are contiguous, and H is a multiple of 16.
@@ -456,11 +469,12 @@ def wavefront_backward_launch(
     sums: float32 [lanes, -(-B // rows), 4, H].  error: int64[4], see ``handover``.  masks: like below, or None.
     pair: None, or which lanes of a pair walked backwards, a bit each.
     offsets: of packed sequences, int32 [T + 1 + B], see ``lanes``; then [N] takes the place of [T, B] everywhere.
+    keep: with resets, bool or of the dtype of the states [T, B]; not of a pair or of packed sequences.
     """
     lanes, batch, hidden = h0.shape
-    reverse = check_backward(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, pair, offsets)
+    reverse = check_backward(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, pair, offsets, keep)
     assert sums.shape[1] == -(-batch // plan.rows)
-    arguments = backward_arguments(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, error, offsets)
+    arguments = backward_arguments(dy, dhn, h0, out, below, gates, w_ih, w_hh, masks, d_gates, dhx, sums, error, offsets, keep)
     arguments |= wavefront_backward_constants(
         plan, lanes=lanes, hidden=hidden, reverse=reverse, timeout_ns=timeout_ns, pair=pair
     )

@@ -27,6 +27,8 @@ class _Layers:
 
     #: Of a pair, which of its layers go through time backwards, a bit each.
     pair: int | None = None
+    #: What is left of the state before each step; calls of `gru_forward` alone have resets.
+    keep: Tensor | None = None
 
     @property
     def H(self) -> int:
@@ -153,7 +155,7 @@ class PairCall(_PairFields, _TimeMajor):
     """The same of `gru_pair_forward` and `gru_pair_backward`; the two layers take the place of two directions of one."""
 
     __slots__ = ()
-    num_layers, bidirectional, dropout_masks, keep = 1, False, None, None
+    num_layers, bidirectional, dropout_masks = 1, False, None
 
     @property
     def input(self) -> Tensor:

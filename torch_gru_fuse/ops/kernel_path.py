@@ -120,7 +120,8 @@ def _instead(call: GRUCall, plan: Plan, training: bool) -> Plan:
     reason = _refused.get((call.input.get_device(), plan.whole))
     if reason is None:
         return plan
-    if training or not torch_hooks.cudnn_runs(call.input):  # the step kernels leave the same reserve
+    # the step kernels leave the same reserve, and know resets
+    if training or call.keep is not None or not torch_hooks.cudnn_runs(call.input):
         return replace(plan, kernel="step", whole=None, reason=reason)
     return replace(plan, kernel="torch", tile=None, whole=None, reason=reason)
 

@@ -24,12 +24,8 @@ from torch_gru_fuse.ops.call import GRUCall, PackedCall, PairCall
 def gru_forward(call: GRUCall | PackedCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     if save:
         return _forward_saving(call)
-    forward = _forward if _keep(call) is None else _forward_by_steps
+    forward = _forward if call.keep is None else _forward_by_steps
     return *forward(call), call.input.new_empty(0)
-
-
-def _keep(call: GRUCall | PackedCall) -> Tensor | None:
-    return call.keep if isinstance(call, GRUCall) else None
 
 
 def _forward(call: GRUCall | PackedCall) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from triton.runtime import driver
 from torch_gru_fuse.kernels import launch, prepare, resident_backward, staged_backward, wavefront_backward
 from torch_gru_fuse.ops import timeouts
 from torch_gru_fuse.ops.call import GRUCall, PackedCall, PairCall
-from torch_gru_fuse.ops.whole_path import aligned, op_of, sizes_of
+from torch_gru_fuse.ops.whole_path import aligned, op_of, sizes_of, type_of_keep
 from torch_gru_fuse.planner.whole_sequence import WholeSequencePlan
 
 # By the name of a plan's kernel: kernel, its constants.
@@ -53,7 +53,7 @@ def _recipe(
     x, packed = call.input, isinstance(call, PackedCall)
     key = (
         "packed" if packed else call.T, call.hx.shape, x.dtype, x.get_device(), id(whole), call.bidirectional, has_dy,
-        has_dhn, masked, call.pair, timeouts.timeout_ns(),
+        has_dhn, masked, call.pair, type_of_keep(call), timeouts.timeout_ns(),
     )  # fmt: skip
     found = _recipes.get(key)
     if found is None:
@@ -93,7 +93,7 @@ def _make_recipe(
     types: list[Any] = [
         dtype if has_dy else None, dtype if has_dhn else None, dtype, dtype, dtype, dtype,
         (dtype, lanes - 1 if stack else 1), (dtype, lanes), dtype if masked else None,
-        dtype, dtype, torch.float32, torch.int64, torch.int32 if packed else None, None, None,
+        dtype, dtype, torch.float32, torch.int64, torch.int32 if packed else None, type_of_keep(call), None, None,
     ]  # fmt: skip
     described = timeouts.Call(f"{op_of(call)}_backward", sizes_of(call), whole.kernel.name, str(whole), timeout)
     return _Recipe(
@@ -158,6 +158,7 @@ def gate_gradients(
     recipe = _recipe(call, whole, dy is not None, dhn is not None, masks is not None)
     hx, out, w_hhs = aligned(call.hx), aligned(out), [aligned(w) for w in params[1::each]]
     w_ihs = [aligned(w) for w in params[each::each]] if stack else w_hhs[:1]
+    keep = None if call.keep is None else aligned(call.keep)
     error = hx.new_empty(4, dtype=torch.int64)
 
     itemsize = hx.element_size()
@@ -180,6 +181,6 @@ def gate_gradients(
         recipe.run_fill(recipe.fill_grid, stream, values, is_aligned)
     values = (
         p_dy, p_dhn, p_hx, p_out, p_below, p_gates, p_w_ih, p_w_hh, p_masks, p_d, p_dhx, p_sums, error.data_ptr(),
-        None if offsets is None else offsets.data_ptr(), T, B,
+        None if offsets is None else offsets.data_ptr(), None if keep is None else keep.data_ptr(), T, B,
     )  # fmt: skip
     recipe.run_kernel(recipe.kernel_grid, stream, values, is_aligned)

@@ -134,14 +134,14 @@ class _Recipe:
 
     def launch(
         self, room: _Room, workspace: int, x: int, gi: int, hx: int, params: Sequence[int], out: int, h_n: int,
-        gates: int | None = None, below: int | None = None, masks: int | None = None, offsets: int | None = None, *,
-        aligned: bool,
+        gates: int | None = None, below: int | None = None, masks: int | None = None, offsets: int | None = None,
+        keep: int | None = None, *, aligned: bool,
     ) -> None:  # fmt: skip
         """Prepares and runs, at these addresses; ``aligned``: all are multiples of 16.
 
         gi: where x W^T is, if the room has none.  params: of each lane w_ih, w_hh and, with biases, b_ih, b_hh.  gates: None:
         are not saved.  below: None: in the room, or nobody needs it.  masks: of a stack with dropout, else None.  offsets: of
-        packed sequences, else None.
+        packed sequences, else None.  keep: with resets, else None.
         """
         each = self.each
         _, h0, in_room, handed, gi_in_room, projection = room
@@ -167,7 +167,7 @@ class _Recipe:
             self.run_prepare(self.prepare_grid, stream, (hx, self.word, out, handed, *tail), aligned)
         values = (
             gi, h0, below, params[each::each] if self.stack else w_hh[:1], w_hh, b_ih, b_hh, masks, handed, out, h_n,
-            out if gates is None else gates, workspace, offsets, self.steps, self.batch,
+            out if gates is None else gates, workspace, offsets, keep, self.steps, self.batch,
         )  # fmt: skip
         self.run_kernel(self.kernel_grid, stream, values, aligned)
 
@@ -181,7 +181,8 @@ def recipe_of(call: GRUCall | PackedCall | PairCall, whole: WholeSequencePlan, s
     # The plan stands for itself: it is kept below, so no other has its id, and hashing it takes longer than all the rest.
     key = (
         "packed" if packed else call.T, x.shape[-1], call.hx.shape, x.dtype, x.get_device(), id(whole), call.bidirectional,
-        call.has_biases, save, call.dropout_masks is None, call.pair, timeouts.timeout_ns(), missing_programs,
+        call.has_biases, save, call.dropout_masks is None, call.pair, type_of_keep(call), timeouts.timeout_ns(),
+        missing_programs,
     )  # fmt: skip
     found = _recipes.get(key)
     if found is None:
@@ -213,7 +214,7 @@ def _make_recipe(call: GRUCall | PackedCall | PairCall, whole: WholeSequencePlan
     masks = dtype if masked else None
     types = [
         dtype, dtype, dtype, (dtype, max(1, lanes - 1) if stack else 1), (dtype, lanes), n_biases, n_biases, masks, masks,
-        dtype, dtype, dtype, torch.int64, torch.int32 if packed else None, None, None,
+        dtype, dtype, dtype, torch.int64, torch.int32 if packed else None, type_of_keep(call), None, None,
     ]  # fmt: skip
     prepare_types = [dtype, torch.int32, dtype, dtype, dtype, dtype, torch.int64, None, None, None, None]
     described = timeouts.Call(op_of(call), sizes_of(call), whole.kernel.name, str(whole), timeout)
@@ -274,6 +275,13 @@ def _make_recipe(call: GRUCall | PackedCall | PairCall, whole: WholeSequencePlan
     )  # fmt: skip
 
 
+def type_of_keep(call: GRUCall | PackedCall | PairCall) -> torch.dtype | None:
+    """Of what the kernels are given, which take a bool as a byte; None without resets."""
+    if call.keep is None:
+        return None
+    return torch.uint8 if call.keep.dtype == torch.bool else call.keep.dtype
+
+
 def op_of(call: GRUCall | PackedCall | PairCall) -> str:
     """The op that a call is one of."""
     return {PackedCall: "gru_packed", PairCall: "gru_pair"}.get(type(call), "gru")
@@ -304,7 +312,8 @@ def gru_forward(
     output, h_n, reserve = call.empty_results(save)
     hx = aligned(call.hx)
     masks = None if call.dropout_masks is None else aligned(call.dropout_masks)
-    places = _Places(hx.data_ptr(), h_n.data_ptr(), reserve.data_ptr() if save else 0, masks, offsets)
+    keep = None if call.keep is None else aligned(call.keep)
+    places = _Places(hx.data_ptr(), h_n.data_ptr(), reserve.data_ptr() if save else 0, masks, offsets, keep)
     if recipe.lanes == hx.shape[0]:
         x = call.input if call.pair is None else call.inputs
         _launch(call, plan, recipe, 0, x, call.params, output, places)
@@ -328,15 +337,18 @@ def aligned(tensor: Tensor) -> Tensor:
 
 
 class _Places:
-    """Addresses of the whole call's hx and h_n [L*D, B, H], of its dropout masks and offsets, and of its reserve, 0 if nothing
-    is saved."""
+    """Addresses of the whole call's hx and h_n [L*D, B, H], of its dropout masks, offsets and keep, and of its reserve, 0 if
+    nothing is saved."""
 
-    __slots__ = ("h_n", "hx", "masks", "offsets", "reserve")
+    __slots__ = ("h_n", "hx", "keep", "masks", "offsets", "reserve")
 
-    def __init__(self, hx: int, h_n: int, reserve: int, masks: Tensor | None, offsets: Tensor | None = None):
+    def __init__(
+        self, hx: int, h_n: int, reserve: int, masks: Tensor | None, offsets: Tensor | None = None, keep: Tensor | None = None
+    ):
         self.hx, self.h_n, self.reserve = hx, h_n, reserve
         self.masks = None if masks is None else masks.data_ptr()
         self.offsets = None if offsets is None else offsets.data_ptr()
+        self.keep = None if keep is None else keep.data_ptr()
 
 
 def _launch(
@@ -367,7 +379,7 @@ def _launch(
     addresses = p_x, p_gi, places.hx + first * state_bytes, [p.data_ptr() for p in params], out.data_ptr()
     recipe.launch(
         room, workspace.data_ptr(), *addresses, places.h_n + first * state_bytes, gates, below, masks, places.offsets,
-        aligned=not (p_x | out.data_ptr() | (gates or 0)) % 16,
+        places.keep, aligned=not (p_x | out.data_ptr() | (gates or 0)) % 16,
     )  # fmt: skip
 
 
@@ -424,7 +436,8 @@ def _padded_forward(call: GRUCall, save: bool, plan: Plan, recipe: _Recipe) -> t
         layer_outputs = room[: (L - 1) * T * B * D * padded].view(L - 1, T, B, D, padded)
         gates = room[(L - 1) * T * B * D * padded :].view(L, D, T, B, 4, padded)
     masks = None if call.dropout_masks is None else pad(call.dropout_masks.unflatten(3, (D, H)), (0, padded - H)).flatten(3)
-    places = _Places(hx.data_ptr(), last.data_ptr(), room.data_ptr() if save else 0, masks)
+    keep = None if call.keep is None else aligned(call.keep)
+    places = _Places(hx.data_ptr(), last.data_ptr(), room.data_ptr() if save else 0, masks, None, keep)
 
     x = call.input
     for first in range(0, L * D, states_each):

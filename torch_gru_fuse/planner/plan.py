@@ -23,6 +23,7 @@ from torch_gru_fuse.planner.whole_sequence import (
     plan_whole_sequence,
     plan_whole_sequence_backward,
     predict,
+    resets_plan,
     why_no_plan,
     why_not_gpu,
 )
@@ -90,6 +91,21 @@ def whole_sequence_is_faster(
         registers = 3 * kernel.units * padded * element_bytes // 1024
         return kernel.rows * kernel.tiles * registers // 192 <= _STAGED_MOST_WORK[padded, element_bytes]
     return True
+
+
+def whole_sequence_beats_steps(
+    plan: WholeSequencePlan, T: int, B: int, H: int, L: int, D: int, element_bytes: int, *, training: bool,
+    backward: WholeSequencePlan | None = None,
+) -> bool:  # fmt: skip
+    """Whether a plan with resets beats one launch a step, which is all that there is beside it: cuDNN knows no resets.
+
+    Not measured on a GPU yet.  Resets cost a step of either side a load and a few multiplications, and one
+    launch a step takes longer than cuDNN in a CUDA graph for nearly all sizes, called by itself many times as long.  So where a
+    plan beats cuDNN in a graph, here it is taken, captured or not; elsewhere the steps stay.
+
+    One place for all thresholds; edit with a measurement beside it.
+    """
+    return whole_sequence_is_faster(plan, T, B, H, L, D, element_bytes, training=training, backward=backward)
 
 
 # Training: forward and backward, H100, 602 shapes: T 4, 8, 16 and 100, B 1 to 2048, H 16 to 1024, otherwise the same
@@ -332,11 +348,10 @@ def _plan_gru(
     own = functools.partial(Plan, "torch", None, tf32)
     if choice == "torch" and (cudnn or resets):
         return own("asked for")
-    if resets:
-        return step("one launch a step: neither the kernels of whole sequences nor cuDNN know resets")
+    step_by_step = step
     whole = backward = None
     if choice in ("auto", "triton"):
-        if T == 1 and D == 1 and not training and not dropout and gpu is not None:
+        if T == 1 and D == 1 and not training and not dropout and not resets and gpu is not None:
             stream = plan_stream(
                 B, I, H, L, _BYTES[dtype], multiprocessors=gpu.multiprocessors, capability=gpu.capability
             )
@@ -345,10 +360,18 @@ def _plan_gru(
         whole = _whole(B, H, L, D, dtype, tf32, gpu)
         if training:
             backward = _whole_backward(B, H, L, D, dtype, tf32, gpu)
+            if resets and backward is not None:
+                backward = resets_plan(backward, H, _BYTES[dtype], backward=True)
             step, in_one = (functools.partial(f, backward=backward) for f in (step, in_one))
     if choice != "auto" or not cudnn:
         reason = "asked for" if choice != "auto" else "cuDNN is switched off"
         return step(reason) if not isinstance(whole, WholeSequencePlan) else in_one(reason, whole)
+    if resets:
+        if not isinstance(whole, WholeSequencePlan):
+            return step_by_step(f"one launch a step: cuDNN knows no resets; {whole}")
+        if whole_sequence_beats_steps(whole, T, B, H, L, D, _BYTES[dtype], training=training, backward=backward):
+            return in_one("whole sequences in one launch: with resets the alternative is one launch a step", whole)
+        return step_by_step("one launch a step: cuDNN knows no resets, and whole sequences are not expected to be faster")
     if isinstance(whole, WholeSequencePlan):
         sizes = (T, B, H, L, D, _BYTES[dtype])
         projected = projection_tile(T * B, I, _BYTES[dtype]) is not None

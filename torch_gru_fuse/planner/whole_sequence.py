@@ -32,6 +32,7 @@ __all__ = [
     "plan_whole_sequence",
     "plan_whole_sequence_backward",
     "predict",
+    "resets_plan",
     "why_no_plan",
     "why_not_gpu",
 ]
@@ -296,6 +297,14 @@ def packed_plan(
         if isinstance(wavefront, WavefrontPlan):
             return WholeSequencePlan(plan.lanes, wavefront)
         return wavefront or f"batch {batch}: more programs of the backward than {multiprocessors} multiprocessors hold"
+    return plan
+
+
+def resets_plan(plan: WholeSequencePlan, hidden: int, element_bytes: int, *, backward: bool = False) -> WholeSequencePlan:
+    """What runs a plan with resets: the same rows a program.  As planned, one backward would spill 8 to 20 bytes."""
+    kernel = plan.kernel
+    if backward and isinstance(kernel, StagedPlan) and (_padded(hidden), element_bytes, kernel.tiles) == (256, 4, 2):
+        return replace(plan, kernel=replace(kernel, pieces=3, share=2))
     return plan
 
 
