@@ -82,7 +82,7 @@ class Problem:
 
     def train(self, resets: Tensor | None) -> list[Tensor]:
         results = fused.gru(self.x, self.hx, self.params, *self.flags, resets=resets)
-        return [*results, *torch.autograd.grad(results, [self.x, self.hx, *self.params], self.grads)]
+        return [*(r.detach() for r in results), *torch.autograd.grad(results, [self.x, self.hx, *self.params], self.grads)]
 
     def chunks(self, training: bool) -> list[Tensor]:
         """cuDNN over each stretch, the state multiplied between; of one direction."""
@@ -95,7 +95,7 @@ class Problem:
             results = [torch.cat(outputs), h]
         if not training:
             return results
-        return [*results, *torch.autograd.grad(results, [self.x, self.hx, *self.params], self.grads)]
+        return [*(r.detach() for r in results), *torch.autograd.grad(results, [self.x, self.hx, *self.params], self.grads)]
 
     def exact(self) -> list[Tensor]:
         tensors = [t.detach().double().requires_grad_() for t in (self.x, self.hx, *self.params)]

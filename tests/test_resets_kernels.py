@@ -197,14 +197,14 @@ PLANNED = dict(tf32_allowed=True, cudnn=True, gpu=gpu_named("h100"), captured=Tr
 @pytest.mark.parametrize("sizes", [(512, 10, 128, 256, 6, 1), (128, 64, 64, 256, 1, 1), (16, 256, 64, 128, 1, 1),
                                    (128, 512, 64, 256, 1, 1), (1000, 32, 64, 256, 2, 2)], ids=str)  # fmt: skip
 def test_plan(sizes, dtype, training, captured):
-    """What beats cuDNN in a CUDA graph beats one launch a step, captured or not."""
+    """What beats cuDNN in a CUDA graph beats one launch a step, captured or not, and more than that does."""
     flags = PLANNED | dict(training=training, captured=captured)
     element_bytes = 4 if dtype == "torch.float32" else 2
     planned = plan_gru(*sizes, dtype, **flags)
     assert planned == plan_gru(*sizes, dtype, **flags | {"captured": True})
     without = plan_gru(*sizes, dtype, **flags | {"captured": True, "resets": False})
     if (sizes[0], dtype, training) == (16, "torch.float32", True):  # training of small layers over few steps
-        assert (planned.kernel, without.kernel) == ("step", "torch")
+        assert (planned.kernel, without.kernel) == ("whole", "torch")  # measured: 1.8 times as fast as steps
         return
     assert planned.kernel == without.kernel == "whole"
     assert planned.whole == without.whole
