@@ -365,8 +365,9 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("capability", [89, 90])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "dtype, capability", [(torch.float16, 89), (torch.bfloat16, 89), (torch.float32, 89), (torch.float16, 90)]
+)
 @pytest.mark.parametrize("name", SHAPES)
 def test_planned_launches_compile(name, dtype, capability):
     """No spills, 99 KB of shared memory, all programs resident, with dropout where there may be some."""
