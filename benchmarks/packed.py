@@ -20,12 +20,11 @@ import itertools
 import json
 import multiprocessing
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import torch
+from against_float64 import DTYPES, Shape, error, kernels, medians, timed
 from torch import Tensor
 
 import torch_gru_fuse
@@ -34,24 +33,10 @@ from torch_gru_fuse.ops import packed_path, torch_path
 from torch_gru_fuse.ops.call import PackedCall
 from torch_gru_fuse.tools.timing import graph_of, milliseconds
 
-DTYPES = {"tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 COLUMNS = (
     "T", "B", "I", "H", "layers", "directions", "dtype", "training", "cudnn_gpu_ms", "gpu_ms", "cudnn_wall_ms", "wall_ms",
     "cudnn_rms_error", "rms_error", "plan",
 )  # fmt: skip
-
-
-class Shape(NamedTuple):
-    T: int
-    B: int
-    I: int  # noqa: E741
-    H: int
-    L: int
-    D: int
-
-    def __str__(self):
-        return "x".join(map(str, self))
-
 
 SHAPES = {
     "speech": Shape(512, 32, 80, 256, 2, 1),
@@ -128,30 +113,6 @@ class Problem:
         return PackedCall(self.data.detach(), self.sizes, self.hx.detach(), params, bias, layers, bidirectional, None)
 
 
-def error(actual: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """The greatest RMS error of a result, relative to its RMS value."""
-    worst = 0.0
-    for a, e in zip(actual, exact, strict=True):
-        worst = max(worst, ((a.double() - e).square().mean().sqrt() / e.square().mean().sqrt().clamp(min=1e-30)).item())
-    return worst if worst == worst else float("inf")
-
-
-def medians(measure: Callable[[], float], seconds: float, least: int) -> float:
-    """Of so many measurements at least, and of more while there is time."""
-    until, values = time.perf_counter() + seconds, []
-    while len(values) < least or (time.perf_counter() < until and len(values) < 50):
-        values.append(measure())
-    return statistics.median(values)
-
-
-def timed(run: Callable[[], object]) -> float:
-    """Milliseconds of a call, from one synchronisation to the next."""
-    begin = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - begin)
-
-
 def on_gpu(run: Callable[[], object], host_ms: float) -> float:
     """What the GPU takes of a call; host_ms: of a kernel behind which it is queued, so that the host is done before."""
     torch.cuda._sleep(int(2e6 * min(200.0, host_ms)))  # cycles
@@ -165,23 +126,15 @@ def on_gpu(run: Callable[[], object], host_ms: float) -> float:
 
 def ours(*args: object) -> tuple[Tensor, Tensor]:
     """The kernels, also where the planner prefers cuDNN."""
-    before = os.environ.get("TORCH_GRU_FUSE_KERNELS")
-    os.environ["TORCH_GRU_FUSE_KERNELS"] = "triton"
-    try:
+    with kernels("triton"):
         return fused.gru_packed(*args)
-    finally:
-        if before is None:
-            del os.environ["TORCH_GRU_FUSE_KERNELS"]
-        else:
-            os.environ["TORCH_GRU_FUSE_KERNELS"] = before
 
 
 def rows(problem: Problem, seconds: float) -> Iterator[tuple[str, list | None]]:
     """Of inference and training: what to print, and what COLUMNS say, if there is something."""
     shape, dtype = problem.shape, problem.dtype
-    os.environ["TORCH_GRU_FUSE_KERNELS"] = "triton"
-    plans = {training: packed_path.plan_of(problem.call(), training=training) for training in (False, True)}
-    del os.environ["TORCH_GRU_FUSE_KERNELS"]
+    with kernels("triton"):
+        plans = {training: packed_path.plan_of(problem.call(), training=training) for training in (False, True)}
     exact = problem.exact()
     for training, plan in plans.items():
         start = "train " if training else "infer "

@@ -16,13 +16,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import os
-import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
 
 import torch
+from against_float64 import DTYPES, Shape, error, kernels, medians, timed
 from torch import Tensor
 
 import torch_gru_fuse
@@ -30,18 +28,7 @@ import torch_gru_fuse.functional as fused
 from torch_gru_fuse import equations
 from torch_gru_fuse.ops import kernel_path
 from torch_gru_fuse.ops.call import GRUCall
-
-DTYPES = {"tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-class Shape(NamedTuple):
-    T: int
-    B: int
-    I: int  # noqa: E741
-    H: int
-    L: int
-    D: int
-
+from torch_gru_fuse.tools.timing import graph_of, milliseconds
 
 SHAPES = {
     "policy": Shape(128, 64, 64, 256, 1, 1),
@@ -111,64 +98,15 @@ class Problem:
         return kernel_path.plan_of(call, training=training)
 
 
-@contextlib.contextmanager
-def kernels(value: str) -> Iterator[None]:
-    before = os.environ.get("TORCH_GRU_FUSE_KERNELS")
-    os.environ["TORCH_GRU_FUSE_KERNELS"] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TORCH_GRU_FUSE_KERNELS"]
-        else:
-            os.environ["TORCH_GRU_FUSE_KERNELS"] = before
-
-
-def error(actual: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """The greatest RMS error of a result, relative to its RMS value."""
-    worst = 0.0
-    for a, e in zip(actual, exact, strict=True):
-        worst = max(worst, ((a.double() - e).square().mean().sqrt() / e.square().mean().sqrt().clamp(min=1e-30)).item())
-    return worst if worst == worst else float("inf")
-
-
 def eager(run: Callable[[], object], seconds: float) -> float:
     """Median of a call in ms, from one synchronisation to the next."""
-    for _ in range(2):
-        run()
-    torch.cuda.synchronize()
-    times: list[float] = []
-    until = time.perf_counter() + seconds
-    while len(times) < 3 or (time.perf_counter() < until and len(times) < 50):
-        begin = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times) * 1e3
+    timed(run)
+    return medians(functools.partial(timed, run), seconds, 3)
 
 
-def graphed(run: Callable[[], object], seconds: float) -> float:
+def graphed(run: Callable[[], object], _: float) -> float:
     """Median of a replay in ms."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        run()
-    graph.replay()
-    torch.cuda.synchronize()
-    times: list[float] = []
-    until = time.perf_counter() + seconds
-    while len(times) < 5 or (time.perf_counter() < until and len(times) < 100):
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        graph.replay()
-        last.record()
-        torch.cuda.synchronize()
-        times.append(first.elapsed_time(last))
-    return statistics.median(times)
+    return milliseconds(graph_of(run), torch.device("cuda"), 5)
 
 
 def lines(name: str, shape: Shape, dtype_name: str, seconds: float) -> Iterator[str]:
