@@ -213,6 +213,24 @@ def test_plan(sizes, dtype, training, captured):
     assert planned.tile is not None and "resets" in planned.reason
 
 
+@pytest.mark.parametrize(
+    "sizes, kernel",
+    [
+        ((16, 16, 64, 128, 1, 1), "whole"),  # measured, from here
+        ((16, 8, 64, 128, 1, 1), "step"),
+        ((12, 16, 64, 128, 1, 1), "step"),
+        ((100, 512, 64, 512, 1, 1), "step"),
+    ],
+)
+def test_no_more_than_was_measured_is_taken(monkeypatch, sizes, kernel):
+    """Beside what beats cuDNN in a CUDA graph."""
+    plan_module._plan_gru.cache_clear()
+    monkeypatch.setattr(plan_module, "whole_sequence_is_faster", lambda *sizes, **options: False)
+    for training in (False, True):
+        assert plan_gru(*sizes, "torch.float32", training=training, **PLANNED).kernel == kernel
+    plan_module._plan_gru.cache_clear()
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
     "sizes, reason",

@@ -102,14 +102,15 @@ def whole_sequence_beats_steps(
 ) -> bool:  # fmt: skip
     """Whether a plan with resets beats one launch a step, which is all that there is beside it: cuDNN knows no resets.
 
-    Measured: T 16 to 512, B 16 to 512, H 128 to 512, float32 with TF32 and float16, inference and training: 1.5 to 6.7 times as
-    fast in CUDA graphs and 1.2 to 8.4 called one by one (H100, docs/results/resets-h100.txt).  Beyond, a plan that beats cuDNN
-    in a CUDA graph is taken, captured or not: resets cost a step of either side a load and a few multiplications, and one
-    launch a step takes longer than cuDNN for nearly all sizes.
+    Measured: T 16 to 512, H 128 and 256 with B 16 to 512, H 512 with B 32, float32 with TF32 and float16, inference and
+    training: 1.5 to 6.7 times as fast in CUDA graphs, 1.2 to 8.4 called one by one (H100, docs/results/resets-h100.txt).
+    Beyond, a plan that beats cuDNN in a CUDA graph is taken, captured or not: resets cost a step of either side a load and a
+    few multiplications, and one launch a step takes longer than cuDNN for nearly all sizes.
 
     One place for all thresholds; edit with a measurement beside it.
     """
-    if T >= _BEATS_STEPS_FROM and 128 <= H <= 512 and H % 16 == 0 and B <= 512 and (backward is not None or not training):
+    measured = T >= _BEATS_STEPS_FROM and H % 16 == 0 and 128 <= H <= 512 and 16 <= B <= (512 if H <= 256 else 32)
+    if measured and (backward is not None or not training):
         return True
     return whole_sequence_is_faster(plan, T, B, H, L, D, element_bytes, training=training, backward=backward)
 
