@@ -1,11 +1,12 @@
 """Time that a loop over a cell takes to compile: with the rewrite, which rolls it up, and without.
 
-    python benchmarks/rollup.py > docs/results/rollup-compile-time.txt                        # on a CPU
-    python benchmarks/rollup.py --device cuda --steps 512 --at-once --limit 300               # docs/results/rollup-512-h200.txt
+    python benchmarks/rollup.py > docs/results/rollup-compile-time.txt  # on a CPU
+    python benchmarks/rollup.py --device cuda --steps 512 --at-once --limit 300  # docs/results/rollup-512-h200.txt
+    python benchmarks/rollup.py --device cuda --case cell 512 on inference  # docs/results/rollup-cell-h200.txt
 
-Each number is the first call, and for training the first backward, of a new process with empty caches.  The compiler of the CPU
-code is part of it, but for --processor-time, which counts what the process itself does and suits a busy host.  --at-once: all
-cases side by side, one thread each, on a host with a core for each.
+Each number is the first call, and for training the first backward, of a new process with empty caches; the results are then
+compared with float64.  The compiler of the CPU code is part of it, but for --processor-time, which counts what the process
+itself does and suits a busy host.  --at-once: all cases side by side, one thread each, on a host with a core for each.
 """
 
 from __future__ import annotations
@@ -60,13 +61,24 @@ def measure(kind: str, steps: int, rewrite: bool, training: bool, device: str, c
     if rewrite:
         torch_gru_fuse.enable()
     model, x = Loop().to(device), torch.randn(steps, 8, 32, device=device)
+    function = torch.compile(model, fullgraph=True)
     start = clock()
-    if training:
-        torch.compile(model, fullgraph=True)(x).sum().backward()
-    else:
-        with torch.no_grad():
-            torch.compile(model, fullgraph=True)(x)
-    print(f"{clock() - start:.1f}")
+    with torch.set_grad_enabled(training):
+        output = function(x)
+        if training:
+            output.sum().backward()
+    taken = clock() - start
+
+    weights = [*model.parameters()] if training else []
+    results = [output, *(p.grad for p in weights)]
+    model.zero_grad()
+    right_output = model.double()(x.double())
+    expected = [right_output, *(torch.autograd.grad(right_output.sum(), weights) if training else ())]
+    for result, right in zip(results, expected, strict=True):
+        error = (result.double() - right).norm() / right.norm()
+        if not error < 2e-3:  # products may be rounded to TF32, whose unit roundoff is 4.9e-4
+            raise RuntimeError(f"a result is wrong: relative RMS error {error:.1e}")
+    print(f"{taken:.1f}")
 
 
 def seconds(limit: float, device: str, processor_time: bool, *case: str) -> str:
@@ -74,23 +86,29 @@ def seconds(limit: float, device: str, processor_time: bool, *case: str) -> str:
         caches = {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": f"{cache}/triton"}
         environment = {**os.environ, **caches, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         clock = ["--processor-time"] if processor_time else []
-        command = [sys.executable, __file__, "--device", device, *clock, "--case", *case]
+        command = [sys.executable, __file__, "--in-this-process", "--device", device, *clock, "--case", *case]
         try:
             result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit, check=True)
         except subprocess.TimeoutExpired:
             return f"> {limit:.0f}"
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(error.stderr) from None
     return result.stdout.split()[-1]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", nargs=4, help="measure one: kind, steps, on or off, training or inference")
+    parser.add_argument("--case", nargs=4, help="one case alone: kind, steps, on or off, training or inference")
+    parser.add_argument("--in-this-process", action="store_true", help="the case, without caches of its own")
     parser.add_argument("--limit", type=float, default=600, help="seconds after which a compilation is given up")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, help="all cases with so many, instead of those chosen for a CPU")
     parser.add_argument("--processor-time", action="store_true", help="of the process that compiles, instead of elapsed time")
     parser.add_argument("--at-once", action="store_true", help="all cases side by side")
     arguments = parser.parse_args()
+    if arguments.case and not arguments.in_this_process:
+        print(seconds(arguments.limit, arguments.device, arguments.processor_time, *arguments.case))
+        return
     if arguments.case:
         kind, steps, rewrite, mode = arguments.case
         clock = time.process_time if arguments.processor_time else time.perf_counter

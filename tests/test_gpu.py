@@ -18,7 +18,7 @@ from torch.library import opcheck
 import torch_gru_fuse
 import torch_gru_fuse.functional as fused
 from torch_gru_fuse import equations
-from torch_gru_fuse.ops import kernel_path, ready_calls, ready_launches, whole_path
+from torch_gru_fuse.ops import kernel_backward, kernel_path, ready_calls, ready_launches, whole_path
 from torch_gru_fuse.ops.call import GRUCall
 from torch_gru_fuse.planner import plan as plan_module
 
@@ -162,7 +162,8 @@ def whole(monkeypatch):
     monkeypatch.setattr(plan_module, "uses_tf32", lambda *sizes, training: True)
     plan_module._plan_gru.cache_clear()
     monkeypatch.setattr(kernel_path, "_plans", {})
-    monkeypatch.setattr(kernel_path, "_refused", {})
+    for path in (kernel_path, kernel_backward):
+        monkeypatch.setattr(path, "_refused", {})
     ran = []
     original = whole_path.gru_forward
 

@@ -44,6 +44,7 @@ def kernels_on_cpu(monkeypatch):
     for module in (whole_path, whole_backward, kernel_backward):
         monkeypatch.setattr(module, "driver", driver)
     monkeypatch.setattr(launch, "launcher", emulated_launcher)
+    monkeypatch.setattr(launch, "load_ahead", lambda launchers, device: None)  # nothing is compiled
     monkeypatch.setattr(kernel_path, "_plans", {})
     monkeypatch.setattr(kernel_path, "_warmed", set())
     monkeypatch.setattr(kernel_path, "_input_projection", lambda rows, weight, out: torch.mm(rows, weight.t(), out=out))

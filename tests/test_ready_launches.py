@@ -51,6 +51,7 @@ def launches_on_cpu(monkeypatch):
     for module in (whole_path, whole_backward, kernel_backward, stream):
         monkeypatch.setattr(module, "driver", driver)
     monkeypatch.setattr(launch, "launcher", emulated_launcher)
+    monkeypatch.setattr(launch, "load_ahead", lambda launchers, device: None)  # nothing is compiled
     monkeypatch.setattr(stream, "launcher", interpreted_launcher)
     monkeypatch.setattr(torch_hooks, "empty_strided_cuda", torch._C._dynamo.guards._empty_strided_cpu)
     monkeypatch.setattr(whole_path, "_recipes", {})

@@ -1,6 +1,9 @@
 """Dynamo follows one call of an nn.GRUCell or nn.GRU in a graph, and the others become nodes at once: guards, changes and
 errors are as where all calls are followed."""
 
+import contextlib
+import operator
+
 import pytest
 import torch
 from torch import nn
@@ -348,6 +351,133 @@ def test_torch_function_modes_see_every_cell(hook):
 
     with_hook, without = with_and_without(hook, run)
     torch.testing.assert_close(with_hook, without)
+
+
+# ---- what the graph knows of its tensors -----------------------------------------------------------------------------------
+
+
+def known(graph):
+    """What a graph says of each of its tensors, and which of them share memory."""
+    storages, result = {}, []
+    for node in graph.nodes:
+        x = node.meta.get("example_value")
+        if isinstance(x, torch.Tensor):
+            storage = storages.setdefault(x.untyped_storage()._cdata, len(storages))
+            result.append((node.target, x.shape, x.stride(), x.storage_offset(), x.dtype, x.device, x.requires_grad,
+                           x.is_inference(), type(x), storage))  # fmt: skip
+    return result
+
+
+@contextlib.contextmanager
+def run_on_fake_tensors():
+    """The nodes whose shapes are found by running them."""
+    from torch._dynamo import utils
+
+    nodes, original = [], utils.run_node
+
+    def run_node(tracer, node, *args):
+        nodes.append(node)
+        return original(tracer, node, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "run_node", run_node)
+        yield nodes
+
+
+INPUTS = {
+    "in order": lambda x, t: x[t],
+    "from the end": lambda x, t: x[-1 - t],
+    "transposed": lambda x, t: x.transpose(0, 1)[t % B],
+    "a part": lambda x, t: x[..., : I + 1][t],
+    "broadcast": lambda x, t: x[:1].expand(4, B, I)[t],
+    "written": lambda x, t: x[t].add_(1),
+    "written to": lambda x, t: (x[t].mul_(0), x[t])[1],
+    "a row of a row": lambda x, t: torch.stack([x[t][b] for b in range(B)]),
+}
+MODES = {"no_grad": torch.no_grad, "enable_grad": torch.enable_grad, "inference_mode": torch.inference_mode}
+
+
+@pytest.mark.parametrize(
+    ("part", "mode"), [(part, "no_grad") for part in INPUTS] + [("in order", mode) for mode in MODES if mode != "no_grad"]
+)
+def test_shapes_are_those_that_running_every_node_finds(part, mode, hook):
+    def run():
+        model, (x, h) = Loop(nn.GRUCell), problem()
+        if "transposed" in part:
+            x = torch.randn(B, B, I)
+
+        def forward(x, h):
+            for t in range(4):
+                h = model.cell(INPUTS[part](x, t), h)
+            return h
+
+        graphs = []
+
+        def backend(gm, inputs):
+            graphs.append(known(gm.graph))
+            return gm.forward
+
+        with MODES[mode]():
+            given = x.clone(), h.clone()
+            result = torch.compile(forward, backend=backend, fullgraph=True)(*given)
+            expected_given = x.clone(), h.clone()
+            torch.testing.assert_close(result, forward(*expected_given))
+            torch.testing.assert_close(given, expected_given)
+        [graph] = graphs
+        return graph
+
+    with_hook, without = with_and_without(hook, run)
+    assert with_hook == without and len(with_hook) >= 8
+
+
+def test_two_of_many_steps_are_run_on_fake_tensors():
+    cell, (x, h) = nn.GRUCell(I, H), problem()
+
+    def forward(x, h):
+        for t in range(4):
+            h = cell(x[t], h)
+        return h
+
+    function, _ = compiled(forward)
+    with run_on_fake_tensors() as nodes, torch.no_grad():
+        function(x, h)
+    kinds = [node.target for node in nodes]  # the second one, before which no call is known to be repeated, is kept
+    assert kinds.count(torch.gru_cell) == kinds.count(operator.getitem) == 2
+
+
+@pytest.mark.parametrize("index", [4, -5])
+def test_a_step_that_is_not_there(index, hook):
+    def run():
+        model, args = Loop(step=lambda m, x, h, t: m.call(m.x[t if t < 3 else index], h)), problem()
+        model.x = args[0]
+        with torch.no_grad(), pytest.raises(Exception) as raised:
+            compiled(model)[0](*args)
+        return type(raised.value), str(raised.value).split("from user code")[0]
+
+    with_hook, without = with_and_without(hook, run)
+    assert with_hook == without and "index" in with_hook[1]
+
+
+def test_shapes_where_torch_has_no_such_function(hook, monkeypatch):
+    from torch._dynamo.variables import builder
+
+    hook.remove()
+    before = builder.get_fake_value
+    monkeypatch.delattr(builder, "get_fake_value")
+    hook.install()
+    assert not hasattr(builder, "get_fake_value")
+    hook.remove()
+    monkeypatch.setattr(builder, "get_fake_value", before, raising=False)
+
+
+def test_removal(hook):
+    from torch._dynamo.variables import builder
+    from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable as Module
+
+    installed = builder.get_fake_value, Module.call_function
+    hook.remove()
+    assert builder.get_fake_value is not installed[0] and Module.call_function is not installed[1]
+    assert builder.get_fake_value is torch._dynamo.utils.get_fake_value
 
 
 # ---- errors ------------------------------------------------------------------------------------------------------------------

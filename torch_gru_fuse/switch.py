@@ -13,6 +13,7 @@ from torch_gru_fuse.ops.checks import check_gru_cell
 from torch_gru_fuse.ops.registration import is_differentiated
 from torch_gru_fuse.ops.schemas import ops
 from torch_gru_fuse.passes import packed_sequences
+from torch_gru_fuse.passes.ahead import load_ahead
 from torch_gru_fuse.passes.rewrite import cache_tag, inductor_options, rewrite, settings
 
 log = logging.getLogger("torch_gru_fuse")
@@ -67,7 +68,7 @@ def _cell_shape(
 dynamo_hook = torch_hooks.DynamoHook(
     _will_be_rewritten, _shapes, _packed_shapes, packed_sequences.REPLACEMENTS, cell_shape_rule=_cell_shape
 )
-inductor_hook = torch_hooks.InductorHook(rewrite, cache_tag, inductor_options)
+inductor_hook = torch_hooks.InductorHook(rewrite, cache_tag, inductor_options, load_ahead)
 
 
 class enable:  # noqa: N801  (called as a function, as torch.no_grad is)

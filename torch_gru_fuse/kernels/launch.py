@@ -8,6 +8,7 @@ pointers are all multiples of 16, as nearly all are, take the short way.
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +20,9 @@ from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+log = logging.getLogger("torch_gru_fuse")
 
 _ALIGNMENT = 16
 #: What the driver says when programs that have to be on the GPU at once do not fit, or one alone does not.
@@ -192,16 +195,47 @@ class Launcher:
         self._names = kernel.arg_names[: len(types)]
         self._tail = tuple(constants[name] for name in kernel.arg_names[len(types) :])
         self._code: Code | None = None
+        self._compiling = threading.Lock()
 
     def __call__(self, grid: tuple[int, int, int], stream: int, values: tuple, aligned: bool) -> None:
         """values: addresses, tuples of them, integers.  aligned: whether all addresses are multiples of 16."""
         if aligned and self._code is not None:
             self._code.start(grid, stream, values + self._tail)
             return
+        with self._compiling:  # a thread may be at it
+            if not aligned or self._code is None:
+                compiled = _through_triton(self._kernel, grid, self._arguments(values))
+                if aligned:
+                    self._code = Code(compiled)
+                return
+        self._code.start(grid, stream, values + self._tail)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether there is code to be compiled, or to be waited for."""
+        return self._code is None and isinstance(self._kernel, triton.JITFunction)
+
+    def load(self) -> None:
+        """Compiles and loads, on the current device, what launches with aligned addresses run, and launches nothing."""
+        with self._compiling:
+            if self.is_new:
+                compiled = self._kernel.warmup(grid=(1,), **self._arguments(self._examples()))
+                compiled.run  # noqa: B018  (asking for it loads)
+                self._code = Code(compiled)
+
+    def _examples(self) -> Iterator[Any]:
+        """Values that stand for all."""
+        for name, kind in zip(self._names, self._types, strict=True):
+            if isinstance(kind, tuple):
+                yield (0,) * kind[1]
+            elif kind is None and name not in self._kernel.do_not_specialize:
+                yield None
+            else:
+                yield 0
+
+    def _arguments(self, values: Iterable[Any]) -> dict[str, Any]:
         pointers = (self._pointer(v, t) for v, t in zip(values, self._types, strict=True))
-        compiled = _through_triton(self._kernel, grid, dict(zip(self._names, pointers, strict=True)) | self._constants)
-        if aligned:
-            self._code = Code(compiled)
+        return dict(zip(self._names, pointers, strict=True)) | self._constants
 
     @staticmethod
     def _pointer(value: Any, kind: Any) -> Any:
@@ -224,3 +258,24 @@ def launcher(
     if found is None:
         found = _launchers[place] = Launcher(kernel, constants, types)
     return found
+
+
+def load_ahead(launchers: Iterable[Launcher], device: int) -> None:
+    """Starts to load them on a GPU, each in a thread: most of the time compilers are at work that leave Python alone.
+
+    What goes wrong there is left for the launch, which goes the same way.
+    """
+    launchers = [run for run in launchers if run.is_new]
+    if not launchers or torch.cuda.is_current_stream_capturing():  # loading would end that
+        return
+    driver.active  # noqa: B018  (is made here, once)
+
+    def load(run: Launcher) -> None:
+        try:
+            with torch.cuda.device(device):
+                run.load()
+        except Exception as error:
+            log.debug("loading ahead failed: %s", error)
+
+    for run in launchers:
+        threading.Thread(target=load, args=(run,), name="torch_gru_fuse-load").start()

@@ -92,6 +92,13 @@ def _checked(call: PackedCall) -> PackedCall:
     return call
 
 
+def load_ahead(call: GRUCall, save: bool) -> None:
+    """Starts to compile what a call on CUDA will run, while its caller does something else; the tensors may be fake."""
+    # a GPU that is not there, or not asked for anything yet, has fake tensors too
+    if call.input.is_cuda and call.B and torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing():
+        _cuda().load_ahead(call, save)
+
+
 _on_cuda: dict[str, Callable[..., Any]] = {}
 PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 

@@ -24,7 +24,7 @@ from torch_gru_fuse.kernels.cell import cell_backward, cell_forward, cell_gates
 from torch_gru_fuse.kernels.launch import DoesNotFit
 from torch_gru_fuse.kernels.step import sequence_forward
 from torch_gru_fuse.kernels.stream import stream_forward
-from torch_gru_fuse.ops import cudnn_path, kernel_backward, ready_calls, torch_path, two_calls, whole_path
+from torch_gru_fuse.ops import cudnn_path, ready_calls, torch_path, two_calls, whole_path
 from torch_gru_fuse.ops.call import GRUCall, PairCall
 from torch_gru_fuse.ops.schemas import empty_cell_results
 from torch_gru_fuse.ops.support import gpu_of, why_not_kernels
@@ -161,6 +161,13 @@ def gru_forward(call: GRUCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     return remember(_step_forward(call, save, plan), save, plan, None)
 
 
+def load_ahead(call: GRUCall, save: bool) -> None:
+    """Starts to compile what `gru_forward` will launch, while its caller does something else; the tensors may be fake."""
+    plan = plan_uncaptured(call, training=save)
+    if plan.kernel == "whole" and (call.input.get_device(), plan.whole) not in _refused:
+        whole_path.load_ahead(call, save, plan)
+
+
 def remember(
     results: tuple[Tensor, Tensor, Tensor], save: bool, plan: Plan, path: ModuleType | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -240,7 +247,14 @@ def gru_backward(
             path = _path_of_torch(call)
     if path is not None:
         return path.gru_backward(call, grad_output, grad_h_n, output, reserve, needs)
-    return kernel_backward.gru_backward(call, plan, grad_output, grad_h_n, output, reserve, needs)
+    return kernel_backward().gru_backward(call, plan, grad_output, grad_h_n, output, reserve, needs)
+
+
+def kernel_backward() -> ModuleType:
+    """The backward of the kernels, which inference does not import."""
+    from torch_gru_fuse.ops import kernel_backward
+
+    return kernel_backward
 
 
 def plan_of_pair(call: PairCall, *, training: bool) -> Plan | str:
@@ -292,7 +306,7 @@ def gru_pair_backward(
         return [t.new_zeros(t.shape) for t, need in zip(call.tensors, needs, strict=True) if need]
     plan = _made_pair_by.get(reserve) or plan_of_pair(call, training=True)
     if isinstance(plan, Plan):
-        return kernel_backward.gru_pair_backward(call, plan, grad_output, grad_h_n, output, reserve, needs)
+        return kernel_backward().gru_pair_backward(call, plan, grad_output, grad_h_n, output, reserve, needs)
     return two_calls.backward(call, grad_output, grad_h_n, output, reserve, needs, gru_backward)
 
 

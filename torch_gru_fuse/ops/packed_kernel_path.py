@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torch_gru_fuse.kernels.launch import DoesNotFit
-from torch_gru_fuse.ops import kernel_backward, torch_path, whole_path
+from torch_gru_fuse.ops import kernel_path, torch_path, whole_path
 from torch_gru_fuse.ops.call import PackedCall
 from torch_gru_fuse.planner.plan import Plan
 from torch_gru_fuse.planner.whole_sequence import WholeSequencePlan
@@ -61,6 +61,6 @@ def gru_backward(
     if offsets is None:
         offsets = offsets_of(call.batch_sizes, call.input.device)
     try:
-        return kernel_backward.gru_backward(call, plan, grad_output, grad_h_n, output, reserve, needs, offsets)
+        return kernel_path.kernel_backward().gru_backward(call, plan, grad_output, grad_h_n, output, reserve, needs, offsets)
     except DoesNotFit:  # what was saved are the same gates
         return torch_path.gru_backward(call, grad_output, grad_h_n, output, reserve, list(needs))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch_gru_fuse import torch_hooks
 from torch_gru_fuse.kernels.launch import DoesNotFit
 from torch_gru_fuse.kernels.stream import stack_of
-from torch_gru_fuse.ops import cudnn_path, kernel_backward, kernel_path, torch_path, whole_path
+from torch_gru_fuse.ops import cudnn_path, kernel_path, torch_path, whole_path
 from torch_gru_fuse.ops.call import GRUCall, PairCall
 from torch_gru_fuse.ops.ready_calls import Run, RunPair
 from torch_gru_fuse.ops.schemas import reserve_size
@@ -120,7 +120,7 @@ def training_of(call: GRUCall) -> Training | None:
 
 
 def _backward_of_kernels(plan: Plan, call: GRUCall, *args: Any) -> list[Tensor]:
-    return kernel_backward.gru_backward(call, plan, *args)
+    return kernel_path.kernel_backward().gru_backward(call, plan, *args)
 
 
 def _cudnn_forward(

@@ -15,18 +15,11 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
-from torch_gru_fuse.kernels import launch, prepare, resident_backward, staged_backward, wavefront_backward
+from torch_gru_fuse.kernels import launch, prepare
 from torch_gru_fuse.ops import timeouts
 from torch_gru_fuse.ops.call import GRUCall, PackedCall, PairCall
-from torch_gru_fuse.ops.whole_path import aligned, op_of, sizes_of, type_of_keep
+from torch_gru_fuse.ops.whole_path import aligned, kernel_named, op_of, sizes_of, type_of_keep
 from torch_gru_fuse.planner.whole_sequence import WholeSequencePlan
-
-# By the name of a plan's kernel: kernel, its constants.
-_KERNELS = {
-    "resident": (resident_backward.resident_backward_kernel, resident_backward.resident_backward_constants),
-    "staged": (staged_backward.staged_backward_kernel, staged_backward.staged_backward_constants),
-    "wavefront": (wavefront_backward.wavefront_backward_kernel, wavefront_backward.wavefront_backward_constants),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +53,7 @@ def _recipe(
         if len(_recipes) >= 4096:
             _recipes.clear()
         found = _recipes[key] = _make_recipe(call, whole, has_dy, has_dhn, masked)
+        launch.load_ahead([found.run_kernel], call.hx.get_device())  # while the launch before it is seen to
     if packed and found.fill_grid is not None:  # of which there are others in every call
         found = replace(found, fill_grid=_fill_grid(call, whole))
     return found
@@ -88,7 +82,7 @@ def _make_recipe(
     dtype, device = call.input.dtype, call.input.get_device()
     lanes, reverse, pair = whole.lanes, call.bidirectional, call.pair
     stack = lanes > 1 and not reverse and pair is None
-    kernel, constants_of = _KERNELS[whole.kernel.name]
+    kernel, constants_of = kernel_named(f"{whole.kernel.name}_backward")
     timeout = timeouts.timeout_ns()
     types: list[Any] = [
         dtype if has_dy else None, dtype if has_dhn else None, dtype, dtype, dtype, dtype,

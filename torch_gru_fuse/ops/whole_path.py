@@ -9,6 +9,7 @@ of 16 the parameters are padded with zeros in each call, and results are cut out
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -19,19 +20,12 @@ from torch.nn.functional import pad
 from triton.runtime import driver
 
 from torch_gru_fuse import torch_hooks
-from torch_gru_fuse.kernels import launch, prepare, resident, staged, wavefront
+from torch_gru_fuse.kernels import launch, prepare
 from torch_gru_fuse.ops import timeouts
 from torch_gru_fuse.ops.call import GRUCall, PackedCall, PairCall
 from torch_gru_fuse.planner.plan import Plan
 from torch_gru_fuse.planner.projection import projection_tile
 from torch_gru_fuse.planner.whole_sequence import ResidentPlan, StagedPlan, WholeSequencePlan
-
-# By the name of a plan's kernel: kernel, its constants.
-_KERNELS = {
-    "resident": (resident.resident_kernel, resident.resident_constants),
-    "staged": (staged.staged_kernel, staged.staged_constants),
-    "wavefront": (wavefront.wavefront_kernel, wavefront.wavefront_constants),
-}
 
 #: For tests: so many programs of each launch are never started, and others wait for them.
 missing_programs = 0
@@ -189,6 +183,7 @@ def recipe_of(call: GRUCall | PackedCall | PairCall, whole: WholeSequencePlan, s
         if len(_recipes) >= 4096:
             _recipes.clear()
         found = _recipes[key] = _make_recipe(call, whole, save)
+        launch.load_ahead([found.run_kernel], found.device)  # while the launch before it is seen to
     return found.of_lengths(call.T, call.N) if packed else found  # which are others in every call
 
 
@@ -197,7 +192,7 @@ def _make_recipe(call: GRUCall | PackedCall | PairCall, whole: WholeSequencePlan
     dtype, device = call.input.dtype, call.input.get_device()
     lanes, padded, reverse, pair = whole.lanes, -(-H // 16) * 16, call.bidirectional, call.pair
     stack = lanes > 1 and not reverse and pair is None
-    kernel, constants_of = _KERNELS[whole.kernel.name]
+    kernel, constants_of = kernel_named(whole.kernel.name)
     timeout = timeouts.timeout_ns()
     # resident takes hx itself, and nobody but the lane above polls its sequences
     polls_own = not isinstance(whole.kernel, ResidentPlan)
@@ -275,6 +270,12 @@ def _make_recipe(call: GRUCall | PackedCall | PairCall, whole: WholeSequencePlan
     )  # fmt: skip
 
 
+def kernel_named(name: str) -> tuple[Any, Callable[..., dict[str, Any]]]:
+    """A kernel of ``kernels/<name>.py``, and the function that makes its constants.  Triton takes its time to import one."""
+    module = importlib.import_module(f"torch_gru_fuse.kernels.{name}")
+    return getattr(module, f"{name}_kernel"), getattr(module, f"{name}_constants")
+
+
 def type_of_keep(call: GRUCall | PackedCall | PairCall) -> torch.dtype | None:
     """Of what the kernels are given, which take a bool as a byte; None without resets."""
     if call.keep is None:
@@ -328,6 +329,17 @@ def gru_forward(
         if not last:
             x = call.mask(out, layer)
     return output, h_n, reserve
+
+
+def load_ahead(call: GRUCall, save: bool, plan: Plan) -> None:
+    """Starts to compile what `gru_forward` launches; the tensors of the call may be fake."""
+    assert plan.whole is not None
+    recipe = recipe_of(call, plan.whole, save)
+    _, batch_first = dense(call.input)
+    projection = recipe.projection(call.input.shape[-1], batch_first)
+    before = recipe.run_prepare if projection is None else projection.run
+    if projection is not None or recipe.prepare_grid is not None:
+        launch.load_ahead([before], recipe.device)
 
 
 def aligned(tensor: Tensor) -> Tensor:

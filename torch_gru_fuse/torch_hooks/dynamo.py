@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from torch_gru_fuse.torch_hooks import repeats
 
 
 def innermost_backend(compiler_fn: Any) -> Any:
@@ -131,36 +133,7 @@ class DynamoHook:
         self._undo.append(lambda: setattr(VariableBuilder, "wrap_module", original))
 
     def _install_repeated_calls(self) -> None:
-        # A loop calls its module once a step, and Dynamo follows nn.Module.__call__ and forward each time, which takes more
-        # than half of its time.  What they look at makes the same guards every time, so one time is enough.
-        try:
-            from torch._dynamo.utils import unpatched_nn_module_call, unpatched_nn_module_call_impl
-            from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable, record_nn_module_stack
-        except ImportError:  # a torch that calls them something else: every call is followed
-            return
-        unpatched = unpatched_nn_module_call, unpatched_nn_module_call_impl
-        original = UnspecializedNNModuleVariable.call_function
-
-        @functools.wraps(original)
-        def call_function(variable: Any, tx: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-            module, source = variable.value, variable.source
-            if type(module) not in _FORWARD or source is None or not self._wanted(tx):
-                return original(variable, tx, args, kwargs)
-            # By the graph that has seen a call, and the module.
-            calls: dict[tuple[Any, int], _Call] = vars(tx.output).setdefault("torch_gru_fuse_calls", {})
-            key = tx.output.current_tracer, id(module)
-            skips_guards = getattr(tx.output.tracing_context.guards_context, "skip_install", False)
-            plain = not skips_guards and _calls_forward_alone(module, unpatched) and _is_as_it_was(tx, module)
-            if plain and key in calls and calls[key].is_like(args, kwargs):
-                with record_nn_module_stack(str(id(module)), variable.get_nn_module_stack_source(), tx, module):
-                    return calls[key].repeat(tx, args)
-            result = original(variable, tx, args, kwargs)
-            if plain and key not in calls and (call := _Call.of(tx, variable, args, result)) is not None:
-                calls[key] = call
-            return result
-
-        UnspecializedNNModuleVariable.call_function = call_function
-        self._undo.append(lambda: setattr(UnspecializedNNModuleVariable, "call_function", original))
+        self._undo += repeats.install(self._wanted)
 
     def _install_functions(self) -> None:
         # torch.nn.utils.rnn's are functions that Dynamo skips, methods of nn.GRU functions that it traces.
@@ -279,97 +252,6 @@ class DynamoHook:
             op._dispatch_cache.clear()
 
         self._undo.append(undo)
-
-
-#: `forward` as PyTorch has it.
-_FORWARD = {kind: kind.forward for kind in (torch.nn.GRU, torch.nn.GRUCell)}
-_HOOKS = ("_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_pre_hooks")
-_GLOBAL_HOOKS = [getattr(torch.nn.modules.module, f"_global{name}") for name in _HOOKS]
-
-
-class _Call(NamedTuple):
-    """What `forward` of a module does with an input and a state, as Dynamo has found it.
-
-    Attributes:
-        function: `torch.gru` or `torch.gru_cell`.
-        rest: its arguments after the two.
-        like: what the two have to be for `forward` to do the same; see `_likeness`.
-    """
-
-    function: Any
-    rest: tuple[Any, ...]
-    like: object
-
-    @classmethod
-    def of(cls, tx: Any, variable: Any, args: Sequence[Any], result: Any) -> _Call | None:
-        from torch._dynamo.variables.base import VariableTracker
-        from torch._dynamo.variables.constant import ConstantVariable
-        from torch._dynamo.variables.lists import TupleVariable
-
-        is_cell = type(variable.value) is torch.nn.GRUCell
-        if is_cell:
-            names: tuple[str, ...] = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-            like: object = 2
-        else:
-            names = ("_flat_weights", "bias", "num_layers", "dropout", "training", "bidirectional", "batch_first")
-            if not args or type(result) is not TupleVariable or len(result.items) != 2:
-                return None
-            like = _likeness([args[0], result.items[1]])  # a state that is made of zeros is like the one that is returned
-        if like is None:
-            return None
-        get = VariableTracker.build(tx, getattr)
-        rest = [get.call_function(tx, [variable, ConstantVariable.create(name)], {}).realize() for name in names]
-        return cls(VariableTracker.build(tx, torch.gru_cell if is_cell else torch.gru), tuple(rest), like)
-
-    def is_like(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-        if kwargs or len(args) != 2:
-            return False
-        if self.like == 2:  # a cell asks for the dimensions alone
-            return _are_tensors(args) and all(a.realize().ndim == 2 for a in args)
-        return _likeness(args) == self.like
-
-    def repeat(self, tx: Any, args: Sequence[Any]) -> Any:
-        return self.function.call_function(tx, [*(a.realize() for a in args), *self.rest], {})
-
-
-def _are_tensors(variables: Sequence[Any]) -> bool:
-    from torch._dynamo.variables.tensor import TensorVariable
-
-    return all(type(v.realize()) is TensorVariable for v in variables)
-
-
-def _likeness(variables: Sequence[Any]) -> object:
-    """All that `nn.GRU.forward` asks about an input and a state; None where these are no batches of known sizes."""
-    if not _are_tensors(variables):
-        return None
-    x, h = (v.realize().as_proxy().node.meta["example_value"] for v in variables)
-    sizes = (*x.shape, *h.shape)
-    if x.dim() != 3 or h.dim() != 3 or not all(type(size) is int for size in sizes):
-        return None
-    return sizes, x.dtype, torch._C._is_any_autocast_enabled()
-
-
-def _calls_forward_alone(module: torch.nn.Module, unpatched: tuple[Any, Any]) -> bool:
-    """Whether a call of a module runs `forward` as PyTorch has it, and nothing else."""
-    kind = type(module)
-    return (
-        (kind.__call__, kind._call_impl) == unpatched
-        and kind.forward is _FORWARD[kind]
-        and "forward" not in module.__dict__
-        and not any(_GLOBAL_HOOKS)
-        and not any(module.__dict__[name] for name in _HOOKS)
-    )
-
-
-def _is_as_it_was(tx: Any, module: torch.nn.Module) -> bool:
-    """Whether nothing that Dynamo has traced changes a module, its type, what it holds or the hooks of all modules."""
-    side_effects = tx.output.side_effects
-    held = [value for value in module.__dict__.values() if isinstance(value, (dict, list))]
-    for changed in (module, type(module), torch.nn.Module, module.__dict__, *held, *_GLOBAL_HOOKS):
-        variable = side_effects.id_to_variable.get(id(changed))
-        if variable is not None and side_effects.is_modified(variable):
-            return False
-    return True
 
 
 def _weights_are_others(module: torch.nn.GRU) -> bool:

@@ -22,6 +22,7 @@ class InductorHook:
         cache_tag: becomes part of the cache keys of rewritten graphs, so that an entry made by
             another version of this package is never used.
         options: called with a graph after that; what Inductor's configuration has to be for it.
+        ahead: called with a rewritten graph; what may be started while Inductor works.
     """
 
     def __init__(
@@ -29,10 +30,12 @@ class InductorHook:
         rewrite: Callable[[torch.fx.GraphModule], int],
         cache_tag: Callable[[], str],
         options: Callable[[torch.fx.GraphModule], dict[str, Any]] = lambda gm: {},
+        ahead: Callable[[torch.fx.GraphModule], None] = lambda gm: None,
     ):
         self._rewrite = rewrite
         self._cache_tag = cache_tag
         self._options = options
+        self._ahead = ahead
         self._original: Callable[..., Any] | None = None
 
     @property
@@ -76,6 +79,8 @@ class InductorHook:
         count, options = self._rewrite(gm), self._options(gm)
         if not count and not options:
             return original(gm, inputs, *args, **kwargs)
+        if count:
+            self._ahead(gm)
         from torch._inductor import config as inductor_config
         from torch._inductor.compile_fx import compile_fx_inner
 
