@@ -392,7 +392,6 @@ def test_inf_does_not_spread_through_padding(whole_on_cpu, monkeypatch):
 
 
 def test_a_wait_that_ran_out_is_an_error(whole_on_cpu, monkeypatch):
-    monkeypatch.setattr(emulated, "SETTLE_SECONDS", 0.2)
     monkeypatch.setattr(whole_path, "missing_programs", 1)
     monkeypatch.setenv("TORCH_GRU_FUSE_TIMEOUT_S", "2.5")
     plan(monkeypatch, "whole", whole=WholeSequencePlan(2, SPREAD))

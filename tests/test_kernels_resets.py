@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 
-import emulated
 import interpreted
 import pytest
 import torch
@@ -369,8 +368,7 @@ def test_the_same_bits_again_and_without_resets(lanes, options, plan):
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_a_wait_ends(monkeypatch, reverse):
-    monkeypatch.setattr(emulated, "SETTLE_SECONDS", 0.3)
+def test_a_wait_ends(reverse):
     for run_case in (Case.forward, Case.backward):
         case = run_case(Case(4, 4, 32, 2, torch.float16, keep="none", reverse=reverse), SPREAD, missing=1)
         assert case.error[0] != 0 and case.host == case.LAUNCH_ID

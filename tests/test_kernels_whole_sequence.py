@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import re
 
-import emulated
 import interpreted
 import pytest
 import torch
@@ -195,9 +194,8 @@ def test_initial_state_may_hold_any_bits(name, plan, dtype, bits):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("missing", [1, 3], ids=["of the highest layer", "of all but one"])
-def test_wait_ends(monkeypatch, dtype, missing):
+def test_wait_ends(dtype, missing):
     """Programs that never run: all others end, say so, and nothing looks valid that had to wait for them."""
-    monkeypatch.setattr(emulated, "SETTLE_SECONDS", 0.2)
     case = Case(4, 4, 32, 2, dtype)
     case.run(EMULATED.wavefront, WavefrontPlan(16, 8, 2), missing=missing)
     assert case.error[0] == 1 and case.host == case.LAUNCH_ID
