@@ -5,10 +5,13 @@ import tempfile
 
 import pytest
 
-# Before torch reads them.  Compiled code is shared by the tests of one run, never with another run: what a test finds in a
-# cache was put there by this code.
-_CACHE = tempfile.TemporaryDirectory(prefix="torch_gru_fuse-tests-")
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = _CACHE.name
+# Before torch reads them.  Compiled code is shared by the tests of one run, in all of its processes, never with another run:
+# what a test finds in a cache was put there by this code.
+_PREFIX = "torch_gru_fuse-tests-"
+if "PYTEST_XDIST_WORKER" not in os.environ or _PREFIX not in os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""):
+    _CACHE = tempfile.TemporaryDirectory(prefix=_PREFIX)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = _CACHE.name
+os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # a quarter of the time that a kernel takes to compile; the code is the same
 os.environ.pop("TORCH_GRU_FUSE", None)
 os.environ.pop("TORCH_GRU_FUSE_KERNELS", None)
 

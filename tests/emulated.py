@@ -2,9 +2,10 @@
 
 Triton's interpreter does not know Gluon, and a kernel whose programs wait for each other cannot be run one program after the
 other.  So the kernels' own source is executed with a stand-in for Gluon: blocks are torch tensors, pointers are addresses,
-every program is a thread, and ``settle`` polls the memory that the other threads write.  Layouts and PTX are beyond it; the
-compiled kernels answer for those.  So are races of warps, but for asynchronous copies: what they bring is NaN until a barrier
-after the wait, and they must not go where something was read since the last barrier.
+every program is a thread, and ``settle`` polls the memory that the other threads write.  One thread runs at a time, until it
+polls in vain, and sometimes not even so far.  Layouts and PTX are beyond it; the compiled kernels answer for those.  So are
+races of warps, but for asynchronous copies: what they bring is NaN until a barrier after the wait, and they must not go where
+something was read since the last barrier.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from __future__ import annotations
 import ctypes
 import importlib
 import math
+import random
 import sys
 import threading
-import time
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -22,6 +23,8 @@ from types import ModuleType, SimpleNamespace
 import torch
 
 from torch_gru_fuse.kernels import wavefront
+
+plainly = torch._C.DisableTorchFunctionSubclass  # within it blocks are tensors as any
 
 
 class DType:
@@ -40,6 +43,15 @@ class DType:
 
 class Block(torch.Tensor):
     """A block value."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), options=None):
+        """As of any subclass, without what torch looks for beside: half of the time of an emulation was spent there."""
+        with plainly():
+            result = function(*arguments, **(options or {}))
+        if type(result) is tuple:
+            return tuple(r.as_subclass(Block) if type(r) is torch.Tensor else r for r in result)
+        return result.as_subclass(Block) if type(result) is torch.Tensor else result
 
     def to(self, dtype, bitcast=False):
         dtype = dtype.torch if isinstance(dtype, DType) else dtype
@@ -103,9 +115,10 @@ class Pointer:
         self.dtype = SimpleNamespace(element_ty=DType(dtype))
 
     def __add__(self, offset):
-        if isinstance(offset, torch.Tensor):
-            offset = offset.long()  # offsets may have 32 bits, addresses have not
-        return Pointer(self.address + offset * self.element.itemsize, self.element)
+        with plainly():
+            if isinstance(offset, torch.Tensor):
+                offset = offset.long()  # offsets may have 32 bits, addresses have not
+            return Pointer(self.address + offset * self.element.itemsize, self.element)
 
     def __sub__(self, offset):
         return self + -offset
@@ -114,25 +127,27 @@ class Pointer:
         return block(self.address)
 
 
-def plain(*values):
-    """Tensors of one size, without what a ``Block`` costs."""
-    return torch.broadcast_tensors(*(torch.as_tensor(value).as_subclass(torch.Tensor) for value in values))
-
-
-def parts(p: Pointer, address, mask):
+def pieces(p: Pointer, address, mask):
     """(elements in memory, where they begin, mask) of what is accessed: in the tensors of the launch and nowhere else, or, if
-    they are not known, anywhere."""
-    wanted = address[mask]
+    they are not known, anywhere.  The mask is None where all of ``address`` is meant."""
+    wanted = address if mask is None else address[mask]
     if wanted.numel() == 0:
         return
-    begin, end = wanted.min().item(), wanted.max().item() + p.element.itemsize
+    begin, end = (bound.item() for bound in wanted.aminmax())
+    end += p.element.itemsize
     if not MEMORY:
         yield torch.frombuffer((ctypes.c_uint8 * (end - begin)).from_address(begin), dtype=p.element), begin, mask
         return
+    for first, last, flat in MEMORY:
+        if first <= begin and end <= last:
+            assert flat.dtype == p.element
+            yield flat, first, mask
+            return
     left = wanted.numel()
     for first, last, flat in MEMORY:
         if first < end and begin < last:
-            here = mask if first <= begin and end <= last else mask & (address >= first) & (address < last)
+            here = (address >= first) & (address < last)
+            here = here if mask is None else here & mask
             count = here.sum().item()
             assert count == 0 or flat.dtype == p.element
             if count:
@@ -142,11 +157,19 @@ def parts(p: Pointer, address, mask):
 
 
 def read(p: Pointer, mask=True, other=0.0) -> Block:
-    address, mask = plain(p.address, mask)
-    values = torch.full(address.shape, other, dtype=p.element)
-    for flat, begin, here in parts(p, address, mask):
-        values[here] = flat[(address[here] - begin) // p.element.itemsize]
-    return values.as_subclass(Block)
+    with plainly():
+        address = torch.as_tensor(p.address)
+        if mask is True:
+            mask = None
+        else:
+            address, mask = torch.broadcast_tensors(address, torch.as_tensor(mask))
+        values = torch.full(address.shape, other, dtype=p.element)
+        for flat, begin, here in pieces(p, address, mask):
+            if here is None:
+                values = flat.take((address - begin) // p.element.itemsize)
+            else:
+                values[here] = flat.take((address[here] - begin) // p.element.itemsize)
+        return values.as_subclass(Block)
 
 
 def load(p: Pointer, mask=True, other=0.0):
@@ -156,9 +179,10 @@ def load(p: Pointer, mask=True, other=0.0):
 
 
 def write(p: Pointer, value, mask=True):
-    address, mask, value = plain(p.address, mask, value)
-    for flat, begin, here in parts(p, address, mask):
-        flat[(address[here] - begin) // p.element.itemsize] = value[here]
+    with plainly():
+        address, mask, value = torch.broadcast_tensors(*(torch.as_tensor(v) for v in (p.address, mask, value)))
+        for flat, begin, here in pieces(p, address, mask):
+            flat[(address[here] - begin) // p.element.itemsize] = value[here]
 
 
 class Layout:
@@ -217,8 +241,53 @@ class Program(threading.local):
         assert not self.copies and not self.groups, "the program ends before its copies"
 
 
+class Turns:
+    """Whose turn it is: programs that ran at once would only take Python's lock from each other, at each of their polls."""
+
+    def begin(self, programs):
+        self.locks = {i: threading.Lock() for i in range(programs)}
+        for lock in self.locks.values():
+            lock.acquire()
+        self.order = list(self.locks)
+        self.in_vain = 0
+        self.chance = random.Random(0)
+        self.locks[0].release()
+
+    def wait(self):
+        self.locks[PROGRAM.id].acquire()
+
+    def give(self):
+        """To the next program, until it is this one's turn again."""
+        following = self.order[(self.order.index(PROGRAM.id) + 1) % len(self.order)]
+        if following != PROGRAM.id:
+            self.locks[following].release()
+            self.wait()
+
+    def end(self):
+        at = self.order.index(PROGRAM.id)
+        del self.order[at]
+        self.in_vain = 0
+        if self.order:
+            self.locks[self.order[at % len(self.order)]].release()
+
+    def found(self):
+        """The program has what it polled.  That not all run as far as they can makes it a matter of chance who is ahead."""
+        self.in_vain = 0
+        if self.chance.random() < 0.25:
+            self.give()
+
+    def others_may_bring_it(self):
+        """Lets them; False when all have polled in vain, knowing what all have written: then no time is long enough."""
+        self.in_vain += 1
+        if self.in_vain > 2 * len(self.order):
+            return False
+        self.give()
+        return True
+
+
 MEMORY: list = []
 PROGRAM = Program()
+TURNS = Turns()
 
 
 def start_copy(s, p, mask):
@@ -326,40 +395,45 @@ def issue(p, vectors, k_vectors, vector_bytes, pack):
         follows = vector == vector[..., :1] + torch.arange(length) * p.element.itemsize
         return follows.all() and (vector[..., 0] % vector_bytes == 0).all()
 
-    assert any(map(in_vectors, range(address.dim()))), "vectors that are none in memory"
+    with plainly():
+        assert any(map(in_vectors, range(address.dim()))), "vectors that are none in memory"
     assert pack == vectors * length
     return address
 
 
+def time_is_over(p_error):
+    """Whether a program that polls in vain has to end: as it is itself the first to say so, or as another one has."""
+    if read(p_error).item() == 0 and TURNS.others_may_bring_it():
+        return False
+    write(p_error, 1)
+    ctypes.c_int32.from_address(read(p_error + 1).item()).value = read(p_error + 2).item()
+    return True
+
+
 def settle(b, p, p_error, *rest):
     assert torch.equal(b, p.address), "not the tile that was issued"
-    deadline = time.monotonic() + SETTLE_SECONDS
     integer = torch.int32 if p.element == torch.float32 else torch.int16
     while True:
         value = read(p)
         if not (value.as_subclass(torch.Tensor).view(integer) == -1).any():
             break
-        if time.monotonic() > deadline or read(p_error).item() != 0:
-            write(p_error, 1)
-            ctypes.c_int32.from_address(read(p_error + 1).item()).value = read(p_error + 2).item()
+        if time_is_over(p_error):
             return torch.full_like(value, float("nan"))
-        time.sleep(1e-4)
+    TURNS.found()
     return round_operand(value)
 
 
 def settle_epoch(b, p, p_error, epoch, vectors, k_vectors, pack, timeout):
     assert torch.equal(b, p.address), "not the tile that was issued"
-    deadline = time.monotonic() + SETTLE_SECONDS
     while True:
         bits = read(p).as_subclass(torch.Tensor).view(torch.int32)
         if ((bits & 1) == int(epoch)).all():
-            assert not (bits & 0x1FFE).any(), "states that are not tf32"
-            return block((bits & -2).view(torch.float32))
-        if time.monotonic() > deadline or read(p_error).item() != 0:
-            write(p_error, 1)
-            ctypes.c_int32.from_address(read(p_error + 1).item()).value = read(p_error + 2).item()
+            break
+        if time_is_over(p_error):
             return block(torch.full_like(bits, 0, dtype=torch.float32) + float("nan"))
-        time.sleep(1e-4)
+    TURNS.found()
+    assert not (bits & 0x1FFE).any(), "states that are not tf32"
+    return block((bits & -2).view(torch.float32))
 
 
 def with_epoch(h, epoch):
@@ -373,9 +447,6 @@ def issue_gates(p, gates, distance, vectors, pack):
 
 def settle_gates(bs, p, p_error, distance, *rest):
     return tuple(settle(b, p + g * distance, p_error) for g, b in enumerate(bs))
-
-
-SETTLE_SECONDS = 60.0
 
 
 def load_emulated() -> SimpleNamespace:
@@ -433,7 +504,7 @@ EMULATED = load_emulated()
 
 
 def run(kernel, grid: tuple[int, ...], arguments: dict) -> None:
-    """All programs at once, each a thread.  Arguments are tensors, beyond which nothing is touched, or all are addresses."""
+    """All programs, each a thread.  Arguments are tensors, beyond which nothing is touched, or all are addresses."""
     arguments = {k: v for k, v in arguments.items() if k not in ("launch_cooperative_grid", "maxnreg")}
     MEMORY.clear()
 
@@ -449,9 +520,11 @@ def run(kernel, grid: tuple[int, ...], arguments: dict) -> None:
         elif isinstance(value, tuple):
             arguments[name] = tuple(pointer(tensor) for tensor in value)
     failures = []
+    TURNS.begin(grid[0])
 
     def program(i):
         PROGRAM.begin(i)
+        TURNS.wait()
         try:
             with torch.no_grad():
                 kernel(**arguments)
@@ -459,6 +532,8 @@ def run(kernel, grid: tuple[int, ...], arguments: dict) -> None:
         except BaseException as failure:  # handed to the test below
             failures.append(failure)
             ctypes.c_int.from_address(arguments["p_error"].address).value = 1  # the others end
+        finally:
+            TURNS.end()
 
     threads = [threading.Thread(target=program, args=(i,)) for i in range(grid[0])]
     for thread in threads:

@@ -65,6 +65,7 @@ def test_gradcheck(name):
     )  # fmt: skip
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", CASES)
 def test_gradgradcheck(name):
     call, args = problem(name, **({} if name == "cell" else {"T": 2}))
@@ -73,6 +74,7 @@ def test_gradgradcheck(name):
     )
 
 
+@pytest.mark.once
 def test_gradgradcheck_of_every_element():
     call, args = problem("one layer", T=2, B=1, I=1, bidirectional=True)
     gradgradcheck(lambda *a: tuple(call(fused, *a)), args, check_fwd_over_rev=True)
@@ -208,6 +210,7 @@ def test_first_backward_runs_the_op(name):
     assert all(torch.equal(a, b) for a, b in zip(grads, plain, strict=True))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["two layers", "cell"])
 def test_half_precision_is_no_worse_than_torch(name, dtype):

@@ -6,7 +6,6 @@ The kernels run as in `test_kernel_path`.
 import itertools
 import logging
 
-import emulated
 import pytest
 import torch
 from problems import assert_same, ops
@@ -184,7 +183,6 @@ def test_the_reserve_may_be_copied_between_forward_and_backward(planned):
 
 def test_a_wait_that_ran_out_is_an_error(planned, monkeypatch):
     planned("wavefront")
-    monkeypatch.setattr(emulated, "SETTLE_SECONDS", 0.2)
     monkeypatch.setattr(whole_path, "missing_programs", 1)
     output, h_n, _ = kernel_path.gru_pair_forward(float_call(H=32), False)
     assert output[1].isnan().any() and h_n[1].isnan().all() and not output[0].isnan().any()

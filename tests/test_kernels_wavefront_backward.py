@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import emulated
 import pytest
 import torch
 from emulated import EMULATED, one_thread, run
@@ -177,8 +176,7 @@ def test_not_finite_in_one_row_stays_there(dtype, value):
         assert torch.equal(case.d_gates[:, :, row], finite.d_gates[:, :, row])
 
 
-def test_a_wait_ends(monkeypatch):
-    monkeypatch.setattr(emulated, "SETTLE_SECONDS", 0.5)
+def test_a_wait_ends():
     case = Case(3, 2, 32, 2, torch.float16).run(WavefrontPlan(16, 8, 2), missing=1)
     assert case.error[0] != 0 and case.host == 29
 

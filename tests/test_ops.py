@@ -50,6 +50,7 @@ def test_gru_cell_takes_one_bias_alone():
         assert_same(value_and_grads(fused.gru_cell, args, inputs), expected, 1e-13)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_error_against_float64_is_that_of_torch(dtype):
     args = gru_args(T=20, B=8, I=16, H=32, dtype=dtype)

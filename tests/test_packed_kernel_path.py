@@ -3,7 +3,6 @@
 import ctypes
 import logging
 
-import emulated
 import interpreted
 import pytest
 import torch
@@ -160,7 +159,6 @@ def test_launch_that_does_not_fit(packed_on_cpu, monkeypatch, caplog, of, save):
 
 
 def test_a_wait_that_ran_out_is_an_error(packed_on_cpu, monkeypatch):
-    monkeypatch.setattr(emulated, "SETTLE_SECONDS", 0.2)
     monkeypatch.setattr(whole_path, "missing_programs", 1)
     packed_on_cpu(WholeSequencePlan(2, SPREAD))
     packed_path.gru_forward(call_of(), False)

@@ -360,6 +360,7 @@ def test_recompute():
         assert counts == {"gru_forward": 2, "gru_backward": 1}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_dtypes(enabled, dtype):
     model = Tagger(bidirectional=True).to(dtype)

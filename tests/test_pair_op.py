@@ -117,6 +117,7 @@ def test_non_contiguous_arguments():
     assert_same(value_and_grads(fused.gru_pair, args, strange), value_and_grads(two_calls, args, strange), 1e-13)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("reverse", REVERSE, ids=str)
 def test_higher_derivatives(reverse):
     args = pair_args(T=3, B=2, I=(2, 3), H=2, reverse=reverse)

@@ -85,10 +85,19 @@ def problem(variant, dropout, kind):
     return call, double, exact
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("variant, whole, backward, dropout", WHOLE_CASES)
-def test_whole_sequences(whole_on_cpu, monkeypatch, nan_filled_empty, variant, whole, backward, dropout, kind):  # noqa: F811
-    """Without a plan of the backward that runs step by step."""
+@pytest.mark.parametrize(
+    "variant, whole, backward, dropout, kind, way",
+    [
+        pytest.param(*case.values, kind, (i + k) % 3, id=f"{case.id}, {kind}")
+        for i, case in enumerate(WHOLE_CASES)
+        for k, kind in enumerate(KINDS)
+    ],
+)
+def test_whole_sequences(whole_on_cpu, monkeypatch, nan_filled_empty, variant, whole, backward, dropout, kind, way):  # noqa: F811
+    """Without a plan of the backward that runs step by step.
+
+    Which gradients are given and which are asked for: of three ways one for each kind, in turns, so that each case has all.
+    """
     backward = backward and WholeSequencePlan(*backward)
     plan(monkeypatch, "whole", whole=WholeSequencePlan(*whole), backward=backward)
     call, double, exact = problem(variant, dropout, kind)
@@ -97,11 +106,11 @@ def test_whole_sequences(whole_on_cpu, monkeypatch, nan_filled_empty, variant, w
     assert_same([output, h_n, *inference[:2]], [e.float() for e in exact] * 2, 2e-3)  # operands are rounded to tf32
     grads = torch.randn_like(output).transpose(0, 1).contiguous().transpose(0, 1), torch.randn_like(h_n)
     needs = [[True] * len(double), [i % 3 != 1 for i in range(len(double))], [False, True] + [False] * (len(double) - 2)]
-    for given, need in zip((grads, (grads[0], None), (None, grads[1])), needs, strict=True):
-        used = [(e, g.double()) for e, g in zip(exact, given, strict=True) if g is not None]
-        expected = torch.autograd.grad([e for e, _ in used], double, [g for _, g in used], retain_graph=True)
-        actual = kernel_path.gru_backward(call, *given, output, reserve, need)
-        assert_same(actual, [e.float() for e, n in zip(expected, need, strict=True) if n], 4e-3)
+    given, need = list(zip((grads, (grads[0], None), (None, grads[1])), needs, strict=True))[way]
+    used = [(e, g.double()) for e, g in zip(exact, given, strict=True) if g is not None]
+    expected = torch.autograd.grad([e for e, _ in used], double, [g for _, g in used])
+    actual = kernel_path.gru_backward(call, *given, output, reserve, need)
+    assert_same(actual, [e.float() for e, n in zip(expected, need, strict=True) if n], 4e-3)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -96,8 +96,14 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("given_state", [False, True], ids=["no h0", "h0"])
-@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize(
+    "options, given_state",
+    [
+        pytest.param(options, given, id=f"{options}, {'h0' if given else 'no h0'}", marks=pytest.mark.once if only_once else ())
+        for i, options in enumerate(VARIANTS)
+        for given, only_once in ((False, i % 2 == 1), (True, i % 2 == 0))
+    ],
+)
 def test_module_in_a_model(enabled, options, given_state):
     model = Tagger(**options)
     args = [torch.randn(3, 4, 5)]
@@ -146,6 +152,7 @@ def test_weights_that_are_no_parameters(enabled):
     parity(rnn, torch.randn(4, 3, 5), calls={"gru_forward": 1})
 
 
+@pytest.mark.once
 def test_two_calls_and_shared_weights(enabled):
     class Twice(nn.Module):
         def __init__(self):
@@ -191,6 +198,7 @@ def test_cond_branches_are_rewritten(enabled):
             assert calls == {"gru_forward": 1}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_dtypes(enabled, dtype):
     tolerance = {torch.float64: 1e-13, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]  # gradients are sums of 12 products
@@ -209,7 +217,7 @@ def test_autocast_around_and_inside_the_model(enabled):
         parity(Tagger(), torch.randn(3, 4, 5), calls={"gru_forward": 1}, tolerance=0.05)
 
 
-@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune-no-cudagraphs"])
+@pytest.mark.parametrize("mode", ["reduce-overhead", pytest.param("max-autotune-no-cudagraphs", marks=pytest.mark.once)])
 def test_modes(enabled, mode):
     parity(Tagger(), torch.randn(3, 4, 5), calls={"gru_forward": 1}, mode=mode)
 
@@ -237,7 +245,7 @@ def test_dropout_follows_the_seed(enabled):
 # ---- dynamic shapes -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("training", [pytest.param(False, marks=pytest.mark.once), True], ids=["inference", "training"])
 def test_sequence_length_and_batch_change_without_recompiling(enabled, training):
     model = Tagger(num_layers=2, bidirectional=True)
     compiled = torch.compile(model, fullgraph=True)
