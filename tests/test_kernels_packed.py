@@ -373,8 +373,9 @@ SHAPES = {
 }
 
 
-# bfloat16 has the plans of float16, and other conversions, which are where padded launches have them, too.
-@pytest.mark.parametrize("dtype, capability", [(torch.float16, 89), (torch.float32, 89), (torch.float16, 90)])
+@pytest.mark.parametrize(
+    "dtype, capability", [(torch.float16, 89), (torch.bfloat16, 89), (torch.float32, 89), (torch.float16, 90)]
+)
 @pytest.mark.parametrize("name", SHAPES)
 def test_planned_launches_compile(name, dtype, capability):
     """No spills, 99 KB of shared memory, all programs resident, with dropout where there may be some."""

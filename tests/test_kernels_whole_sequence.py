@@ -242,11 +242,8 @@ SHAPES = {
 }
 
 
-# bfloat16 has the plans of float16: once, with the gates that are more code.
-@pytest.mark.parametrize(
-    "dtype, save_gates",
-    [(torch.float16, False), (torch.float16, True), (torch.bfloat16, True), (torch.float32, False), (torch.float32, True)],
-)
+@pytest.mark.parametrize("save_gates", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", SHAPES)
 def test_planned_launch_fits_a_4090(name, dtype, save_gates):
     """sm_89 code of every planned launch: no spills, 99 KB of shared memory, all programs resident on 128 SMs."""
