@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.fx import Graph, Node
@@ -21,6 +22,7 @@ from torch_gru_fuse.passes.nodes import (
     same_sizes,
     shape,
     storages,
+    swapped,
     unsqueezed,
     value,
 )
@@ -91,7 +93,9 @@ def _range(emit: Emitter, first: Region, dim: int, step: int, count: int) -> Nod
     assert isinstance(start, int)
     base = emit.region(first.replace(dim, None))
     dim -= sum(isinstance(e, int) for e in first.extents[:dim])
-    if dim != 0:
+    if dim == 1 and (source := swapped(base)) is not None:
+        base = source
+    elif dim != 0:
         base = emit(aten.movedim.int, base, dim, 0)
     low, high = sorted((start, start + step * (count - 1)))
     if (low, high + 1, abs(step)) != (0, shape(base)[0], 1):
@@ -104,18 +108,35 @@ def _range(emit: Emitter, first: Region, dim: int, step: int, count: int) -> Nod
 _CATS = ("cat", "concat", "concatenate")
 
 
+@dataclass(frozen=True)
+class Part:
+    """Time steps of the output of a call, as the graph has them.
+
+    Attributes:
+        node: holds them.
+        steps: which they are.
+        time: the dimension along which they lie; None where it is one step without a dimension of time.
+        own_memory: whether the node is going to be no view of the output.
+    """
+
+    node: Node
+    steps: range
+    time: int | None = None
+    own_memory: bool = False
+
+
 class Stacked:
     """Replaces `stack` and `cat` of the hidden states of a loop by its output."""
 
-    def __init__(self, graph: Graph, output: Node, states: Sequence[Node], written: set[object]):
-        self._graph, self._output, self._states, self._written = graph, output, states, written
-        self._step = {node: t for t, node in enumerate(states)}
+    def __init__(self, graph: Graph, output: Node, parts: Sequence[Part], written: set[object]):
+        self._graph, self._output, self._written = graph, output, written
+        self._parts = {part.node: part for part in parts}
         self._given = False
 
     def replace(self) -> dict[Node, Node]:
         """Returns the nodes that are not used any more, with those in their place."""
         found: dict[Node, None] = {}
-        for state in self._states:
+        for state in self._parts:
             for user in state.users:
                 kinds = [user] if name(user) not in ("unsqueeze", "getitem") else list(user.users)
                 found.update(dict.fromkeys(u for u in kinds if name(u) in ("stack", *_CATS)))
@@ -130,36 +151,34 @@ class Stacked:
         return replaced
 
     def _pieces(self, node: Node) -> tuple[int, bool, list[range | Node]] | None:
-        """The dimension, whether it is a new one, and what lies along it: time steps of the output, or other nodes."""
+        """The dimension, whether it is that of time alone, and what lies along it: time steps of the output, or other nodes."""
         elements, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", 0)
         if not isinstance(elements, (list, tuple)) or type(dim) is not int or "out" in node.kwargs:
             return None
         rank = len(shape(node))
         dim %= rank
-        steps: list[int | None] = []
-        new = name(node) == "stack"
-        if not new and all(e in self._step for e in elements):
-            steps = [self._step[e] for e in elements]
+        if name(node) == "stack":
+            time, steps = True, [self._steps(e, None) for e in elements]
+        elif all(e in self._parts and self._parts[e].time is None for e in elements):
+            time, steps = False, [self._steps(e, None) for e in elements]
         else:
-            new = True
-            for e in elements:
-                state = e if name(node) == "stack" else unsqueezed(e, dim, rank)
-                steps.append(None if state is None else self._step.get(state))
+            time, steps = True, [self._steps(e, dim) or self._steps(unsqueezed(e, dim, rank), None) for e in elements]
         pieces: list[range | Node] = []
         at = 0
         while at < len(steps):
-            end = _run(steps, at)
-            if end - at < SHORTEST:
-                pieces += elements[at:end]
-            else:
-                step = steps[at + 1] - steps[at]  # type: ignore[operator]
-                pieces.append(range(steps[at], steps[end - 1] + step, step))  # type: ignore[operator,arg-type]
+            run, end = _run(steps, at)
+            pieces += elements[at:end] if run is None or end - at < SHORTEST else [run]
             at = end
-        if len(pieces) >= len(elements) or (not new and len(pieces) > 1):
+        if len(pieces) >= len(elements) or (not time and len(pieces) > 1):
             return None
-        return dim, new, pieces
+        return dim, time, pieces
 
-    def _build(self, node: Node, dim: int, new: bool, pieces: list[range | Node]) -> Node:
+    def _steps(self, node: Node | None, time: int | None) -> range | None:
+        """The time steps that a node holds along dimension `time`."""
+        part = self._parts.get(node)  # type: ignore[arg-type]
+        return part.steps if part is not None and part.time == time else None
+
+    def _build(self, node: Node, dim: int, time: bool, pieces: list[range | Node]) -> Node:
         emit = Emitter(self._graph, node, node)
         if len(pieces) > 1:
             single = name(node) == "stack"
@@ -171,7 +190,7 @@ class Stacked:
         [steps] = pieces
         assert isinstance(steps, range)
         result = self._part(emit, steps, dim)
-        if not new:  # cat along a dimension of the states: [.., T, D, ..] -> [.., T * D, ..]
+        if not time:  # cat along a dimension of the states: [.., T, D, ..] -> [.., T * D, ..]
             result = emit(aten.flatten.using_ints, result, dim, dim + 1)
         if value(result).is_contiguous():  # type: ignore[union-attr]
             if name(result) == "flip":
@@ -186,7 +205,7 @@ class Stacked:
         """Time steps of the output, time as dimension `dim`."""
         part = self._output
         low, high = min(steps), max(steps)
-        if (low, high) != (0, len(self._states) - 1):
+        if (low, high + 1) != (0, shape(part)[0]):
             part = emit(aten.slice.Tensor, part, 0, low, high + 1)
         if steps.step < 0:
             part = emit(aten.flip.default, part, [0])
@@ -197,58 +216,67 @@ class Stacked:
         the output leaves the graph beside them."""
         if storages(stack) & self._written:
             return False
-        for state in self._states[:-1]:
-            for user in state.users:
+        for part in self._parts.values():
+            for user in part.node.users if not part.own_memory else ():
                 if name(user) in ("stack", *_CATS) or (name(user) in ("unsqueeze", "getitem") and set(user.users) == {stack}):
                     continue
-                if user.op == "output" or storages(user) & storages(state):
+                if user.op == "output" or storages(user) & storages(part.node):
                     return False
         return True
 
 
-def _run(steps: Sequence[int | None], start: int) -> int:
-    """Where the run of time steps that go up or down by one from `start` on ends."""
-    if steps[start] is None:
-        return start + 1
-    end = start + 1
-    while end < len(steps) and steps[end] is not None:
-        difference = steps[end] - steps[end - 1]  # type: ignore[operator]
-        if abs(difference) != 1 or (end - start > 1 and difference != steps[end - 1] - steps[end - 2]):  # type: ignore[operator]
+def _run(steps: Sequence[range | None], start: int) -> tuple[range | None, int]:
+    """The time steps from `start` on that go up or down by one, and where they end."""
+    run, end = steps[start], start + 1
+    while run is not None and end < len(steps) and (following := steps[end]) is not None:
+        joined = _joined(run, following)
+        if joined is None:
             break
-        end += 1
-    return end
+        run, end = joined, end + 1
+    return run, end
+
+
+def _joined(left: range, right: range) -> range | None:
+    """Two ranges as one, where the second goes on in the direction of the first."""
+    step = right[0] - left[-1]
+    if abs(step) != 1 or any(len(r) > 1 and r.step != step for r in (left, right)):
+        return None
+    return range(left[0], right[-1] + step, step)
 
 
 # ---- hidden states that are written to a tensor ------------------------------------------------------------------------------
 
 
-def write_at_once(graph: Graph, output: Node, states: Sequence[Node], regions: Regions) -> None:
+def write_at_once(graph: Graph, output: Node, parts: Sequence[Part], regions: Regions) -> None:
     """``y[t] = h`` in every step becomes one copy of the output, where nothing looks at y in between."""
-    targets: dict[Node, list[tuple[int, Node, Region]]] = {}
-    for t, state in enumerate(states):
-        made = [(state, None), *((u, argument(u, 1, "dim")) for u in state.users if name(u) == "unsqueeze")]
+    targets: dict[Node, list[tuple[range, Node, list[Region]]]] = {}
+    for part in parts:
+        made = [(part.node, part.time)]
+        if part.time is None:  # y[t : t + 1] = h.unsqueeze(0)
+            made += [(u, argument(u, 1, "dim")) for u in part.node.users if name(u) == "unsqueeze"]  # type: ignore[misc]
         for written, dim, user in [(node, dim, u) for node, dim in made for u in node.users]:
             if name(user) == "setitem" and user.args[2] is written and isinstance(user.args[0], Node) and not user.users:
                 into = user.args[0]
-                part = indexed(Region(into, (None,) * len(shape(into))), user.args[1])
-                if part is None or not same_sizes(part.sizes, shape(written)):
+                place = indexed(Region(into, (None,) * len(shape(into))), user.args[1])
+                if place is None or not same_sizes(place.sizes, shape(written)):
                     continue
-                if dim is not None:  # y[t : t + 1] = h.unsqueeze(0)
-                    part = part.select(dim % len(part.sizes), 0)  # type: ignore[operator]
-                    if part is None:
-                        continue
-                targets.setdefault(into, []).append((t, user, part))
+                places = [place]
+                if dim is not None:
+                    places = [place.select(dim % len(place.sizes), i) for i in range(len(part.steps))]  # type: ignore[misc]
+                targets.setdefault(into, []).append((part.steps, user, places))
     for into, writes in targets.items():
-        steps, nodes, parts = zip(*writes, strict=True)
-        end, dim, step = _slices(parts, 0)
-        in_order = list(steps) == list(range(steps[0], steps[0] + len(steps)))
-        if len(writes) < SHORTEST or end != len(parts) or step == 0 or not in_order or not _alone(nodes, into):
+        nodes = [node for _, node, _ in writes]
+        steps = [t for ts, _, _ in writes for t in ts]
+        places = [place for _, _, of_steps in writes for place in of_steps]
+        end, dim, step = _slices(places, 0)
+        in_order = steps == list(range(steps[0], steps[0] + len(steps)))
+        if len(writes) < SHORTEST or end != len(places) or step == 0 or not in_order or not _alone(nodes, into):
             continue
         emit = Emitter(graph, nodes[-1], nodes[-1])
         source: Node = output
-        if len(steps) != len(states):
+        if len(steps) != shape(output)[0]:
             source = emit(aten.slice.Tensor, source, 0, steps[0], steps[-1] + 1)
-        place, reverse = _written_range(emit, parts[0], dim, step, len(parts))
+        place, reverse = _written_range(emit, places[0], dim, step, len(places))
         if reverse:
             source = emit(aten.flip.default, source, [0])
         emit.known(value(place), aten.copy_.default, place, source)

@@ -12,7 +12,7 @@ Every use of a hidden state in between gets that time step of the output; where 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import getitem
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from torch.fx import Graph, Node
 
 from torch_gru_fuse.ops.schemas import ops
 from torch_gru_fuse.passes.cells import Cell, Found, Weights, emit_weights
-from torch_gru_fuse.passes.layout import SHORTEST, Stacked, as_sequence, write_at_once
+from torch_gru_fuse.passes.layout import SHORTEST, Part, Stacked, as_sequence, write_at_once
 from torch_gru_fuse.passes.nodes import (
     EVERYTHING,
     RANDOM,
@@ -47,13 +47,17 @@ from torch_gru_fuse.passes.resets import Factor, Reset, find_reset
 
 @dataclass(frozen=True)
 class Loop:
-    """What became of a chain of cells: `steps` of them at the node `last`, rolled up to `made` where `reason` is None."""
+    """What became of a chain of cells: `steps` of them at the node `last`, rolled up to `made` where `reason` is None.
+
+    unit: what they are, "steps", or "chunks" where one has several time steps.
+    """
 
     last: Node
     kind: str
     steps: int
     reason: str | None = None
     made: Node | None = None
+    unit: str = "steps"
 
 
 # ---- which cells follow one another ------------------------------------------------------------------------------------------
@@ -98,20 +102,25 @@ def _chains(cells: dict[Node, Cell], regions: Regions, resets: dict[Cell, Reset]
 _NEAR = 24  # nodes that are looked at between two steps, to say why they are no loop
 
 
-def _why_unchained(cell: Cell, cells: dict[Node, Cell]) -> str | None:
+def _why_unchained(cell: Cell, cells: dict[Node, Cell], weights: Mapping[Node, object]) -> str | None:
     """Why a cell whose state is made of that of a cell before it is no step of a loop with it; None where it is not."""
     before = cells.get(cell.h.base)
     if len(cell.h.sizes) != 2 and before is not None and before.weights == cell.weights:
         return f"its hidden state has {len(cell.h.sizes)} dimensions; loops are rolled up over [B, H]"
+    return why_changed(cell.h.base, cell.weights, weights)
+
+
+def why_changed(h: Node, weights: object, states: Mapping[Node, object]) -> str | None:
+    """The reason, where a hidden state is made of another one of the same weights; `states` has the weights of all."""
     changed_by: list[str] = []
-    pending, seen = [cell.h.base], set()
+    pending, seen = [h], set()
     while pending and len(seen) < _NEAR:
         node = pending.pop(0)
         if node in seen:
             continue
         seen.add(node)
-        if node in cells:
-            if cells[node].weights != cell.weights:
+        if node in states:
+            if states[node] != weights:
                 continue
             by = ", ".join(dict.fromkeys(changed_by)) or "an operation"
             return f"the hidden state is changed between two steps (by {by})"
@@ -256,13 +265,14 @@ class Roller:
 
     def _unchained(self, chains: list[list[Cell]]) -> dict[Cell, str]:
         alone = {chain[0].node for chain in chains if len(chain) == 1}
+        weights = {node: cell.weights for node, cell in self._cells.items()}
         reasons = {}
         for chain in chains:
             cell = chain[0]
             if (before := _before(cell, self._cells, self._regions, self._resets)) is not None:
                 if len(chain) == 1 and before.node in alone and before.weights != cell.weights:
                     reasons[cell] = "the weights differ from those of the step before"
-            elif (reason := _why_unchained(cell, self._cells)) is not None:
+            elif (reason := _why_unchained(cell, self._cells, weights)) is not None:
                 reasons[cell] = reason
         return reasons
 
@@ -319,11 +329,12 @@ class Roller:
         for node in segment.waiting:
             anchor.append(node)
             anchor = node
-        stacked = Stacked(graph, output, [c.node for c in cells], self._written)
+        parts = [Part(c.node, range(t, t + 1), own_memory=c.node is last) for t, c in enumerate(cells)]
+        stacked = Stacked(graph, output, parts, self._written)
         dead = stacked.replace()
         for node, new in dead.items():
             self._replaced[node] = Region(new, (None,) * len(shape(new)))
-        write_at_once(graph, output, [c.node for c in cells], self._regions)
+        write_at_once(graph, output, parts, self._regions)
         keep = self._cells.keys()
         erase_unused(graph, dead, keep)
         for t in reversed(range(len(cells))):

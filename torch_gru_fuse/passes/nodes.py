@@ -75,7 +75,8 @@ Extent = None | tuple[int, int] | int
 
 @dataclass(frozen=True)
 class Region:
-    """The part of a tensor that a chain of indexing, `select`, `narrow`, `unbind`, `split`, `squeeze` and the like picks."""
+    """The part of a tensor that a chain of indexing, `select`, `narrow`, `unbind`, `split`, `squeeze` and the like picks, and
+    `detach` where there is no gradient."""
 
     base: Node
     extents: tuple[Extent, ...]
@@ -182,12 +183,26 @@ def unsqueezed(element: object, dim: int, rank: int) -> Node | None:
     return None
 
 
+def swapped(node: Node) -> Node | None:
+    """The tensor that a node is with its first two dimensions in each other's place, if it is one."""
+    if name(node) not in ("transpose", "swapaxes", "swapdims") or len(shape(node)) < 2 or not isinstance(node.args[0], Node):
+        return None
+    dims = [d % len(shape(node)) for a in ((1, "dim0"), (2, "dim1")) if type(d := argument(node, *a)) is int]
+    return node.args[0] if sorted(dims) == [0, 1] else None
+
+
+_PICKS = ("getitem", "select", "narrow", "squeeze", "slice", "detach")
+
+
 def _source(node: Node) -> Node | None:
     """The tensor that `node` picks a part of, if that is what it does."""
     kind = name(node)
-    if kind not in ("getitem", "select", "narrow", "squeeze", "slice") or not node.args or not isinstance(node.args[0], Node):
+    if kind not in _PICKS or not node.args or not isinstance(node.args[0], Node):
         return None
     source = node.args[0]
+    if kind == "detach":  # export does not say which tensors have gradients
+        known = source.meta.get("example_value")
+        return source if isinstance(known, Tensor) and not known.requires_grad else None
     if isinstance(value(source), (tuple, list)):
         if kind == "getitem" and name(source) in (*_SIZE_ONE, "unbind") and isinstance(source.args[0], Node):
             return source.args[0]
@@ -203,6 +218,8 @@ def _step(region: Region, node: Node) -> Region | None:
         return _piece(region, node.args[0], node.args[1])
     if kind == "getitem":
         return indexed(region, node.args[1])
+    if kind == "detach":
+        return region
     if kind == "select" and len(ints) == 2:
         dim, index = argument(node, 1, "dim"), argument(node, 2, "index")
         return region.select(dim % rank, index)

@@ -198,12 +198,12 @@ def _rewrite_cells(graph: Graph) -> int:
 
 
 def _record_loop(loop: loops.Loop) -> None:
-    text = f"loop of {loop.steps} steps over {'' if loop.kind.startswith('torch') else 'a '}{loop.kind}"
+    text = f"loop of {loop.steps} {loop.unit} over {'' if loop.kind.startswith('torch') else 'a '}{loop.kind}"
     _record("gru", loop.last, loop.reason, found=text, made=loop.made)
 
 
 def _roll_up_steps(graph: Graph) -> int:
-    """Calls of `torch.gru` over one time step each become one call of the op; those that are in no loop stay."""
+    """Calls of `torch.gru` over some time steps each become one call of the op; those that are in no loop stay."""
     found = steps.Roller(graph, _options("gru")).run()
     for loop in found:
         _record_loop(loop)
