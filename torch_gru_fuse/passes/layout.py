@@ -1,5 +1,5 @@
 """Time steps as one tensor: what each step of a loop reads becomes the input of one call, and what is made of all steps, by
-`stack`, by `cat` or by writing to a tensor, becomes the output of that call."""
+`stack`, by `cat` or by writing to a tensor, becomes the output of that call.  States with more dimensions are rows of it."""
 
 from __future__ import annotations
 
@@ -103,6 +103,61 @@ def _range(emit: Emitter, first: Region, dim: int, step: int, count: int) -> Nod
     return base if step > 0 else emit(aten.flip.default, base, [0])
 
 
+# ---- states with more dimensions than [B, H] ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How inputs [.., I] and states [.., H] of a step are [B, I] and [B, H], which the op takes: without dimensions of size
+    one, and what is left before the last one flattened.
+
+    Attributes:
+        dims: how many a state has.
+        ones: those that are left out, descending.
+    """
+
+    dims: int
+    ones: tuple[int, ...]
+
+    @classmethod
+    def of(cls, state: Node, x: Region) -> Rows:
+        """Of the dimensions of size one those are left out in which the input has one step of a range, or which it has not."""
+        rank = len(shape(state))
+        missing = rank - len(x.sizes)
+        ones = [d for d in range(rank - 1) if type(size := shape(state)[d]) is int and size == 1]
+        ones.sort(key=lambda d: d >= missing and x.extents[x.visible[d - missing]] is None)
+        return cls(rank, tuple(sorted(ones[: rank - 2], reverse=True)))
+
+    def region(self, region: Region, regions: Regions) -> Region:
+        """An input or a state without dimensions of size one."""
+        missing = self.dims - len(region.sizes)
+        for d in self.ones:
+            region = regions.without(region, d - missing) if d >= missing else region
+        return region
+
+    @property
+    def flattens(self) -> bool:
+        """Whether more than one dimension is left before the last one."""
+        return self.dims - len(self.ones) > 2
+
+    def picked(self, state: Node) -> Region:
+        """A state without dimensions of size one."""
+        return Region(state, tuple(0 if d in self.ones else None for d in range(self.dims)))
+
+    def flat(self, emit: Emitter, steps: Node) -> Node:
+        """[T, B, .] of inputs or states of which dimensions of size one are left out, time first."""
+        return emit(aten.flatten.using_ints, steps, 1, -2) if self.flattens else steps
+
+    def states(self, emit: Emitter, steps: Node, like: Node) -> Node:
+        """[T, .., H] of [T, B, H]; like: one step of the former before it was flat, time first."""
+        if self.flattens:
+            sizes = [shape(steps)[0], *[-1] * (len(shape(like)) - 1)]
+            steps = emit(aten.view_as.default, steps, emit(aten.expand.default, like, sizes))
+        for d in reversed(self.ones):
+            steps = emit(aten.unsqueeze.default, steps, d + 1)
+        return steps
+
+
 # ---- hidden states that are stacked ------------------------------------------------------------------------------------------
 
 _CATS = ("cat", "concat", "concatenate")
@@ -114,23 +169,30 @@ class Part:
 
     Attributes:
         node: holds them.
+        output: all time steps, time first.
         steps: which they are.
         time: the dimension along which they lie; None where it is one step without a dimension of time.
         own_memory: whether the node is going to be no view of the output.
+
+    A node of a loop over states [1, B, H] has one step along the first dimension, and no dimension of time where the output is
+    [T, 1, B, H].
     """
 
     node: Node
+    output: Node
     steps: range
     time: int | None = None
     own_memory: bool = False
 
 
 class Stacked:
-    """Replaces `stack` and `cat` of the hidden states of a loop by its output."""
+    """Replaces `stack` and `cat` of the hidden states of a loop by its output, whose memory one of them may have."""
 
-    def __init__(self, graph: Graph, output: Node, parts: Sequence[Part], written: set[object]):
-        self._graph, self._output, self._written = graph, output, written
-        self._parts = {part.node: part for part in parts}
+    def __init__(self, graph: Graph, parts: Sequence[Part], written: set[object]):
+        self._graph, self._written = graph, written
+        self._parts: dict[Node, list[Part]] = {}
+        for part in parts:
+            self._parts.setdefault(part.node, []).append(part)
         self._given = False
 
     def replace(self) -> dict[Node, Node]:
@@ -150,19 +212,23 @@ class Stacked:
             replaced[node] = new
         return replaced
 
-    def _pieces(self, node: Node) -> tuple[int, bool, list[range | Node]] | None:
-        """The dimension, whether it is that of time alone, and what lies along it: time steps of the output, or other nodes."""
+    def _pieces(self, node: Node) -> tuple[Node, int, bool, list[range | Node]] | None:
+        """An output, the dimension, whether it is that of time alone, and what lies along it: time steps of the output, or
+        other nodes."""
         elements, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", 0)
         if not isinstance(elements, (list, tuple)) or type(dim) is not int or "out" in node.kwargs:
             return None
         rank = len(shape(node))
         dim %= rank
-        if name(node) == "stack":
-            time, steps = True, [self._steps(e, None) for e in elements]
-        elif all(e in self._parts and self._parts[e].time is None for e in elements):
-            time, steps = False, [self._steps(e, None) for e in elements]
-        else:
-            time, steps = True, [self._steps(e, dim) or self._steps(unsqueezed(e, dim, rank), None) for e in elements]
+        time, parts = True, [self._along(e, None) for e in elements]
+        if name(node) != "stack":
+            along_time = [self._along(e, dim) or self._along(unsqueezed(e, dim, rank), None) for e in elements]
+            time = any(along_time) or not all(parts)
+            parts = along_time if time else parts
+        output = next((part.output for part in parts if part is not None), None)
+        if output is None:
+            return None
+        steps = [part.steps if part is not None and part.output is output else None for part in parts]
         pieces: list[range | Node] = []
         at = 0
         while at < len(steps):
@@ -171,58 +237,59 @@ class Stacked:
             at = end
         if len(pieces) >= len(elements) or (not time and len(pieces) > 1):
             return None
-        return dim, time, pieces
+        return output, dim, time, pieces
 
-    def _steps(self, node: Node | None, time: int | None) -> range | None:
+    def _along(self, node: Node | None, time: int | None) -> Part | None:
         """The time steps that a node holds along dimension `time`."""
-        part = self._parts.get(node)  # type: ignore[arg-type]
-        return part.steps if part is not None and part.time == time else None
+        return next((part for part in self._parts.get(node, ()) if part.time == time), None)  # type: ignore[arg-type]
 
-    def _build(self, node: Node, dim: int, time: bool, pieces: list[range | Node]) -> Node:
+    def _build(self, node: Node, output: Node, dim: int, time: bool, pieces: list[range | Node]) -> Node:
         emit = Emitter(self._graph, node, node)
         if len(pieces) > 1:
             single = name(node) == "stack"
             parts = [
-                self._part(emit, p, dim) if isinstance(p, range) else emit(aten.unsqueeze.default, p, dim) if single else p
+                _steps(emit, output, p, dim) if isinstance(p, range) else emit(aten.unsqueeze.default, p, dim) if single else p
                 for p in pieces
             ]
             return emit(aten.cat.default, parts, dim)
         [steps] = pieces
         assert isinstance(steps, range)
-        result = self._part(emit, steps, dim)
+        result = _steps(emit, output, steps, dim)
         if not time:  # cat along a dimension of the states: [.., T, D, ..] -> [.., T * D, ..]
             result = emit(aten.flatten.using_ints, result, dim, dim + 1)
-        if value(result).is_contiguous():  # type: ignore[union-attr]
-            if name(result) == "flip":
-                return result
-            if result is self._output and not self._given and self._may_be_output(node):
-                self._given = True
-                return result
-            return emit(aten.clone.default, result)
-        return emit(aten.clone.default, result, memory_format=torch.contiguous_format)
-
-    def _part(self, emit: Emitter, steps: range, dim: int) -> Node:
-        """Time steps of the output, time as dimension `dim`."""
-        part = self._output
-        low, high = min(steps), max(steps)
-        if (low, high + 1) != (0, shape(part)[0]):
-            part = emit(aten.slice.Tensor, part, 0, low, high + 1)
-        if steps.step < 0:
-            part = emit(aten.flip.default, part, [0])
-        return part if dim == 0 else emit(aten.movedim.int, part, 0, dim)
+        if not same_sizes(value(result).stride(), value(node).stride()):  # type: ignore[union-attr]
+            return emit(aten.clone.default, result, memory_format=torch.contiguous_format)
+        if not storages(result) & storages(output):  # a flip
+            return result
+        if len(steps) == shape(output)[0] and not self._given and self._may_be_output(node):
+            self._given = True
+            return result
+        return emit(aten.clone.default, result)
 
     def _may_be_output(self, stack: Node) -> bool:
         """Whether the stacked states can share the memory of the output: nothing writes to them, and no state that is a view of
         the output leaves the graph beside them."""
         if storages(stack) & self._written:
             return False
-        for part in self._parts.values():
-            for user in part.node.users if not part.own_memory else ():
-                if name(user) in ("stack", *_CATS) or (name(user) in ("unsqueeze", "getitem") and set(user.users) == {stack}):
+        for node, parts in self._parts.items():
+            for user in node.users if not parts[0].own_memory else ():
+                if user in self._parts or name(user) in ("stack", *_CATS):
                     continue
-                if user.op == "output" or storages(user) & storages(part.node):
+                if name(user) in ("unsqueeze", "getitem") and set(user.users) == {stack}:
+                    continue
+                if user.op == "output" or storages(user) & storages(node):
                     return False
         return True
+
+
+def _steps(emit: Emitter, output: Node, steps: range, dim: int) -> Node:
+    """Time steps of an output, time as dimension `dim`."""
+    low, high = min(steps), max(steps)
+    if (low, high + 1) != (0, shape(output)[0]):
+        output = emit(aten.slice.Tensor, output, 0, low, high + 1)
+    if steps.step < 0:
+        output = emit(aten.flip.default, output, [0])
+    return output if dim == 0 else emit(aten.movedim.int, output, 0, dim)
 
 
 def _run(steps: Sequence[range | None], start: int) -> tuple[range | None, int]:
@@ -247,9 +314,9 @@ def _joined(left: range, right: range) -> range | None:
 # ---- hidden states that are written to a tensor ------------------------------------------------------------------------------
 
 
-def write_at_once(graph: Graph, output: Node, parts: Sequence[Part], regions: Regions) -> None:
+def write_at_once(graph: Graph, parts: Sequence[Part], regions: Regions) -> None:
     """``y[t] = h`` in every step becomes one copy of the output, where nothing looks at y in between."""
-    targets: dict[Node, list[tuple[range, Node, list[Region]]]] = {}
+    targets: dict[tuple[Node, Node], list[tuple[range, Node, list[Region]]]] = {}
     for part in parts:
         made = [(part.node, part.time)]
         if part.time is None:  # y[t : t + 1] = h.unsqueeze(0)
@@ -263,9 +330,12 @@ def write_at_once(graph: Graph, output: Node, parts: Sequence[Part], regions: Re
                 places = [place]
                 if dim is not None:
                     places = [place.select(dim % len(place.sizes), i) for i in range(len(part.steps))]  # type: ignore[misc]
-                targets.setdefault(into, []).append((part.steps, user, places))
-    for into, writes in targets.items():
+                targets.setdefault((into, part.output), []).append((part.steps, user, places))
+    gone: set[Node] = set()
+    for (into, output), writes in targets.items():
         nodes = [node for _, node, _ in writes]
+        if not gone.isdisjoint(nodes):  # as part of another output
+            continue
         steps = [t for ts, _, _ in writes for t in ts]
         places = [place for _, _, of_steps in writes for place in of_steps]
         end, dim, step = _slices(places, 0)
@@ -273,15 +343,14 @@ def write_at_once(graph: Graph, output: Node, parts: Sequence[Part], regions: Re
         if len(writes) < SHORTEST or end != len(places) or step == 0 or not in_order or not _alone(nodes, into):
             continue
         emit = Emitter(graph, nodes[-1], nodes[-1])
-        source: Node = output
-        if len(steps) != shape(output)[0]:
-            source = emit(aten.slice.Tensor, source, 0, steps[0], steps[-1] + 1)
+        source = _steps(emit, output, range(steps[0], steps[-1] + 1), 0)
         place, reverse = _written_range(emit, places[0], dim, step, len(places))
         if reverse:
             source = emit(aten.flip.default, source, [0])
         emit.known(value(place), aten.copy_.default, place, source)
         for node in nodes:
             graph.erase_node(node)
+        gone.update(nodes)
     if targets:
         regions.forget()
 

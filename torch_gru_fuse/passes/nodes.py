@@ -158,6 +158,12 @@ class Regions:
             self._known[link] = self._behind_new_dimensions(region or Region(link, (None,) * len(shape(link))))
         return self._known[chain[0] if chain else node]
 
+    def without(self, region: Region, dim: int) -> Region:
+        """A region without one of its dimensions, which has size one."""
+        part = region.select(dim, 0)
+        assert part is not None
+        return self._behind_new_dimensions(part)
+
     def _behind_new_dimensions(self, region: Region) -> Region:
         """The same region of x where it is ``x.unsqueeze(d)`` without that dimension: what keeps [1, B, H] and uses [B, H]."""
         rank = len(region.extents)

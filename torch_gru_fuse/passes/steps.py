@@ -342,7 +342,8 @@ class Roller:
         tops = [emit(aten.select.int, whole, 0, end - 1) for end in ends]
         # With the batch first outputs have the strides that those of torch.gru have: they are transposed.
         outputs = whole if last.time == 0 else emit(aten.transpose.int, whole, 0, 1)
-        slices = [emit(aten.slice.Tensor, outputs, last.time, *span) for span in zip((0, *ends), ends, strict=False)]
+        spans = list(zip((0, *ends), ends, strict=False))
+        slices = [emit(aten.slice.Tensor, outputs, last.time, *span) for span in spans]
         last_of_outputs = [step.last(keeps_time=False) for step in steps]
 
         anchor = last.node
@@ -369,12 +370,10 @@ class Roller:
                     node.replace_all_uses_with(emit(aten.unsqueeze.default, state, 0))
         for node in (*results_of_steps, *(step.node for step in steps[:-1])):
             graph.erase_node(node)
-        parts = [Part(top, range(end - 1, end)) for top, end in zip(tops, ends, strict=True)]
-        parts += [
-            Part(node, range(*span), last.time) for node, span in zip(slices, zip((0, *ends), ends, strict=False), strict=True)
-        ]
-        stacked = Stacked(graph, whole, parts, self._written).replace()
-        write_at_once(graph, whole, parts, self._regions)
+        parts = [Part(top, whole, range(end - 1, end)) for top, end in zip(tops, ends, strict=True)]
+        parts += [Part(part, whole, range(*span), last.time) for part, span in zip(slices, spans, strict=True)]
+        stacked = Stacked(graph, parts, self._written).replace()
+        write_at_once(graph, parts, self._regions)
         erase_unused(graph, [*stacked, *tops, *slices, outputs, h_n], ())
         graph.erase_node(last.node)
         self._regions.forget()
