@@ -488,6 +488,17 @@ def two_side_by_side(m, x):
     return torch.cat(outputs, 1)
 
 
+def two_directions(m, x):
+    a, b, forwards, backwards = None, None, [], []
+    for t in range(x.shape[1]):
+        first, a = m.gru(x[:, t : t + 1], a)
+        forwards.append(first)
+    for t in reversed(range(x.shape[1])):
+        second, b = m.other(x[:, t : t + 1], b)
+        backwards.append(second)
+    return torch.stack([torch.cat((f[:, 0], b[:, 0]), -1) for f, b in zip(forwards, backwards[::-1], strict=True)], 1)
+
+
 def encoder_and_decoder(m, x):
     _, h = m.other(x)
     return batch_first(m, x.flip(1), h)
@@ -506,6 +517,11 @@ def after_a_loop_over_a_loop(m, x):
 )
 def test_every_use_of_a_result_sees_it(way, calls):
     check(Model(way), x_of(B, T, I), gru=calls)
+
+
+@pytest.mark.parametrize("way", [two_side_by_side, two_directions], ids=lambda f: f.__name__)
+def test_no_node_of_a_step_is_left_of_two_side_by_side(way):
+    assert len({len(check(Model(way), x_of(B, n, I), gru=2).gm.graph.nodes) for n in (2, 4, 7)}) == 1
 
 
 @pytest.mark.parametrize("way", [two_stacked, two_stacked_in_chunks], ids=lambda f: f.__name__)

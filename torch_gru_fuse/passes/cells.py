@@ -86,8 +86,8 @@ class Cell:
 
     Attributes:
         node: makes the new hidden state h'.
-        x: the input, as the part of a tensor that it is: [B, I], or [.., I] of a hand-written cell, where dimensions of size one
-            that the state begins with may be missing.
+        x: the input, as the part of a tensor that it is: [B, I], or [.., I] of a hand-written cell, where dimensions of size
+            one that the state begins with may be missing.
         x_node: a node that holds the input, None where there is none (the projection was made for all time steps at once).
         h: the hidden state, as the part of a tensor that it is: [B, H], or [.., H] of a hand-written cell.
         weights: what the cell multiplies with.

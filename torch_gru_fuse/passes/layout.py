@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from torch_gru_fuse.passes.nodes import (
     argument,
     aten,
     effects,
+    erase_unused,
     indexed,
     name,
     same_sizes,
@@ -25,6 +26,7 @@ from torch_gru_fuse.passes.nodes import (
     swapped,
     unsqueezed,
     value,
+    write_positions,
 )
 
 #: The fewest steps that are rolled up.
@@ -309,6 +311,59 @@ def _joined(left: range, right: range) -> range | None:
     if abs(step) != 1 or any(len(r) > 1 and r.step != step for r in (left, right)):
         return None
     return range(left[0], right[-1] + step, step)
+
+
+# ---- hidden states that are joined with others in each step ------------------------------------------------------------------
+
+
+def stack_before_cat(graph: Graph, states: Container[Node], regions: Regions) -> None:
+    """``stack([cat([f, b], -1) for f, b in ...])`` becomes ``cat([stack([f, ...]), stack([b, ...])], -1)``, and so does `cat`
+    along time, where f or b is made by a node in `states`, as the two directions of a layer are: then it is the output of one
+    call."""
+    joined = [(node, found) for node in graph.nodes if (found := _joins(node)) is not None]
+    written = set(write_positions(graph.nodes)) if joined else set()
+    for node, (stack, dim, cats, inner) in joined:
+        columns = list(zip(*(argument(cat, 0, "tensors") for cat in cats), strict=True))  # type: ignore[arg-type]
+        if not any(all(regions.of(part).base in states for part in column) for column in columns):
+            continue
+        if EVERYTHING in written or storages(*cats, *(part for column in columns for part in column)) & written:
+            continue
+        emit = Emitter(graph, node, node)
+        join = aten.stack.default if stack else aten.cat.default
+        made = emit(aten.cat.default, [emit(join, list(column), dim) for column in columns], inner + (stack and inner >= dim))
+        node.replace_all_uses_with(made)
+        erase_unused(graph, [node], ())
+    regions.forget()
+
+
+def _joins(node: Node) -> tuple[bool, int, list[Node], int] | None:
+    """Where a node joins what `cat` has made in each step, and which nothing else uses: whether along a new dimension, which
+    one, the calls of `cat`, and the dimension of these."""
+    elements, dim, rank = argument(node, 0, "tensors"), argument(node, 1, "dim", 0), len(shape(node))
+    if name(node) not in ("stack", *_CATS) or not isinstance(elements, (list, tuple)) or type(dim) is not int:
+        return None
+    dim, cats, stack = dim % rank, list(elements), name(node) == "stack"
+    if not stack and all(unsqueezed(e, dim, rank) is not None and set(e.users) == {node} for e in elements):
+        cats, stack = [e.args[0] for e in elements], True
+    ways = {_way(cat) for cat in cats}
+    if len(cats) < SHORTEST or len(ways) != 1 or None in ways or any(len(cat.users) > 1 for cat in cats):
+        return None
+    [(inner, *_)] = ways  # type: ignore[misc]
+    return (stack, dim, cats, inner) if stack or inner != dim else None
+
+
+def _way(cat: object) -> tuple[object, ...] | None:
+    """The dimension of a call of `cat`, and what has to be the same in each step."""
+    if name(cat) not in _CATS or "out" in cat.kwargs:  # type: ignore[union-attr]
+        return None
+    parts, dim = argument(cat, 0, "tensors"), argument(cat, 1, "dim", 0)  # type: ignore[arg-type]
+    rank = len(shape(cat))  # type: ignore[arg-type]
+    if not isinstance(parts, (list, tuple)) or type(dim) is not int or any(len(shape(part)) != rank for part in parts):
+        return None
+    sizes = [shape(part)[dim] for part in parts]
+    if not all(type(size) is int for size in sizes):
+        return None
+    return dim % rank, *sizes, *(value(part).dtype for part in parts)  # type: ignore[union-attr]
 
 
 # ---- hidden states that are written to a tensor ------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 import torch_gru_fuse.ops  # noqa: F401  (registers the ops)
 from torch_gru_fuse import torch_hooks
 from torch_gru_fuse.ops.schemas import ops
-from torch_gru_fuse.passes import buffers, cells, guards, loops, pairs, steps
+from torch_gru_fuse.passes import buffers, cells, guards, layout, loops, pairs, steps
 from torch_gru_fuse.passes.nodes import Emitter, Regions, aten, storages, value, write_positions
 
 log = logging.getLogger("torch_gru_fuse")
@@ -180,6 +180,7 @@ def _rewrite_cells(graph: Graph) -> int:
         found = cells.find_cells(graph, regions)
     if not found.cells and not found.others:
         return 0
+    layout.stack_before_cat(graph, found.cells, regions)
     roller = loops.Roller(graph, found, regions, _options("gru"))
     count = 0
     for loop in roller.run():

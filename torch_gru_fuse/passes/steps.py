@@ -23,7 +23,7 @@ from torch.fx import Graph, Node
 
 from torch_gru_fuse.ops.schemas import ops
 from torch_gru_fuse.passes import guards
-from torch_gru_fuse.passes.layout import SHORTEST, Part, Stacked, as_sequence, write_at_once
+from torch_gru_fuse.passes.layout import SHORTEST, Part, Stacked, as_sequence, stack_before_cat, write_at_once
 from torch_gru_fuse.passes.loops import Loop, merge_layers, why_changed
 from torch_gru_fuse.passes.nodes import (
     EVERYTHING,
@@ -132,7 +132,7 @@ class _Chains:
             node: step for step in self.steps if step.layers == 1 and step.length is not None for node in step.outputs
         }
 
-        self._weights = {node: step.params for step in self.steps for node in (*step.outputs, *step.states)}
+        self.results = {node: step.params for step in self.steps for node in (*step.outputs, *step.states)}
 
     def before(self, step: Step) -> Step | None:
         """The call whose last states are the first of this one."""
@@ -158,7 +158,7 @@ class _Chains:
 
     def why_none_before(self, step: Step) -> str | None:
         """Why a call whose first states are made of those of a call before it does not follow that one."""
-        return why_changed(self._regions.of(step.hx).base, step.params, self._weights)
+        return why_changed(self._regions.of(step.hx).base, step.params, self.results)
 
     def all(self) -> list[list[Step]]:
         """Calls that follow one another, in the order of the graph; each is in one list."""
@@ -299,6 +299,7 @@ class Roller:
         loops, refused = [], []
         calls = _Chains(self._graph, self._regions)
         chains = calls.all()
+        stack_before_cat(self._graph, calls.results, self._regions)
         for chain in chains:
             if calls.before(chain[0]) is None and (reason := calls.why_none_before(chain[0])) is not None:
                 refused.append(_loop([chain[0]], reason))
