@@ -275,8 +275,8 @@ def ends_of_chunks(m, x, h=None):
     for chunk in x.split(2, 1):
         output, h = m.gru(chunk, h)
         ends.append(output[:, -1])
-        tops.append(m.out(h[-1]))
-    return torch.stack(ends, 1), torch.stack(tops), ends[0] * 2
+        tops += [m.out(h[-1:]), h[-1:]]
+    return torch.stack(ends, 1), torch.cat(tops[::2]), torch.cat(tops[1::2]), ends[0] * 2
 
 
 def chunks_backwards(m, x, h=None):

@@ -264,11 +264,12 @@ class _Segment:
             way.add(node)
             node = node.args[0]
         users = [(state, user) for state in step.states for user in state.users if user not in way]
-        return not all(self._regions.of(u) == _of_last_layer(state, step.layers) for state, u in users)
+        return not all(self._regions.of(u) in _of_last_layer(state, step.layers) for state, u in users)
 
 
-def _of_last_layer(state: Node, layers: int) -> Region:
-    return Region(state, (layers - 1, None, None))
+def _of_last_layer(state: Node, layers: int) -> tuple[Region, Region]:
+    """The states of the last layer, [B, H] and [1, B, H]."""
+    return Region(state, (layers - 1, None, None)), Region(state, ((layers - 1, layers) if layers > 1 else None, None, None))
 
 
 def _same_dtypes(first: Step, step: Step) -> bool:
@@ -366,9 +367,11 @@ class Roller:
                     node.replace_all_uses_with(h_n)
                     continue
                 state = emit(aten.clone.default, top) if both_leave else top
-                self._replace(node, _of_last_layer(node, step.layers), state)
-                if node.users:
-                    node.replace_all_uses_with(emit(aten.unsqueeze.default, state, 0))
+                layer = emit(aten.unsqueeze.default, state, 0)
+                for region, by in zip(_of_last_layer(node, step.layers), (state, layer), strict=True):
+                    self._replace(node, region, by)
+                node.replace_all_uses_with(layer)
+                erase_unused(graph, [layer], (state,))
         for node in (*results_of_steps, *(step.node for step in steps[:-1])):
             graph.erase_node(node)
         parts = [Part(top, whole, range(end - 1, end)) for top, end in zip(tops, ends, strict=True)]
