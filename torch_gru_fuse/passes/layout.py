@@ -382,9 +382,7 @@ def write_at_once(graph: Graph, parts: Sequence[Part], regions: Regions) -> None
                 place = indexed(Region(into, (None,) * len(shape(into))), user.args[1])
                 if place is None or not same_sizes(place.sizes, shape(written)):
                     continue
-                places = [place]
-                if dim is not None:
-                    places = [place.select(dim % len(place.sizes), i) for i in range(len(part.steps))]  # type: ignore[misc]
+                places = [place] if dim is None else place.unbind(dim % len(place.sizes))  # type: ignore[operator]
                 targets.setdefault((into, part.output), []).append((part.steps, user, places))
     gone: set[Node] = set()
     for (into, output), writes in targets.items():

@@ -108,6 +108,12 @@ class Region:
             index += size
         return self.replace(d, start + index)
 
+    def unbind(self, dim: int) -> list[Region]:
+        """The part at each index of a dimension whose size is a constant."""
+        d = self.visible[dim]
+        start = self.extents[d][0] if self.extents[d] is not None else 0
+        return [self.replace(d, start + i) for i in range(self.sizes[dim])]
+
     def narrow(self, dim: int, start: int, stop: int) -> Region:
         d = self.visible[dim]
         size = self.sizes[dim]

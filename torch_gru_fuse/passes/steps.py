@@ -387,8 +387,7 @@ class Roller:
         """The inputs of its time steps, each [B, I]."""
         if (inside := unsqueezed(step.x, step.time, 3)) is not None:
             return [self._regions.of(inside)]
-        region = self._regions.of(step.x)
-        return [region.select(step.time, t) for t in range(step.length)]  # type: ignore[arg-type,misc]
+        return self._regions.of(step.x).unbind(step.time)
 
     def _replace(self, node: Node, part: Region, by: Node) -> None:
         """Replaces what picks a part of a result of a step."""
