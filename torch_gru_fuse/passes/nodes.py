@@ -55,11 +55,13 @@ def _name_of_function(target: Callable[..., object]) -> str:
 
 
 def name(node: object) -> str:
-    """ "add" for operator.add, torch.add, Tensor.add and aten.add.Tensor; "" for what is none of torch's functions."""
+    """ "add" for operator.add, torch.add, Tensor.add, Tensor.__add__ and aten.add.Tensor; "" for what is none of torch's
+    functions."""
     if not isinstance(node, Node):
         return ""
     if node.op == "call_method":
-        return str(node.target)
+        method = str(node.target)
+        return method[2:-2] if method.startswith("__") and method.endswith("__") else method
     return _name_of_function(node.target) if node.op == "call_function" else ""
 
 
