@@ -131,7 +131,6 @@ class _Chains:
         self._by_output = {  # where the last time step of the output is the last state
             node: step for step in self.steps if step.layers == 1 and step.length is not None for node in step.outputs
         }
-
         self.results = {node: step.params for step in self.steps for node in (*step.outputs, *step.states)}
 
     def before(self, step: Step) -> Step | None:
@@ -300,12 +299,12 @@ class Roller:
         loops, refused = [], []
         calls = _Chains(self._graph, self._regions)
         chains = calls.all()
-        stack_before_cat(self._graph, calls.results, self._regions)
         for chain in chains:
             if calls.before(chain[0]) is None and (reason := calls.why_none_before(chain[0])) is not None:
                 refused.append(_loop([chain[0]], reason))
         chains = [c for c in chains if len(c) >= SHORTEST]
         if chains:
+            stack_before_cat(self._graph, calls.results, self._regions)
             self._written = set(write_positions(self._graph.nodes))
         for chain in chains:
             start = 0
