@@ -561,7 +561,7 @@ def _transpose_of(node: Node) -> Node | None:
     source = node.args[0] if node.args else None
     if not isinstance(source, Node) or len(shape(node)) != 2 or len(shape(source)) != 2:
         return None
-    if kind == "t" or (kind == "getattr" and node.args[1] in ("T", "mT")):
+    if kind in ("t", "numpy_T") or (kind == "getattr" and node.args[1] in ("T", "mT")):
         return source
     if kind in ("transpose", "permute", "swapaxes", "swapdims"):
         dims = [d for a in node.args[1:] for d in (a if isinstance(a, (list, tuple)) else [a])] + [*node.kwargs.values()]

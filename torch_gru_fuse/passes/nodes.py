@@ -51,7 +51,7 @@ def _name_of_function(target: Callable[..., object]) -> str:
     name = getattr(target, "__name__", "")
     if target is getattr:
         return "getattr"
-    return name if any(getattr(home, name, None) is target for home in (torch, operator, F)) else ""
+    return name if any(getattr(home, name, None) is target for home in (torch, operator, F, aten)) else ""
 
 
 def name(node: object) -> str:
