@@ -11,7 +11,14 @@ import torch
 from problems import assert_same, tensors, value_and_grads
 from torch import nn
 from torch._dynamo.utils import counters
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import (
+    PackedSequence,
+    pack_padded_sequence,
+    pack_sequence,
+    pad_packed_sequence,
+    unpack_sequence,
+    unpad_sequence,
+)
 
 import torch_gru_fuse
 from torch_gru_fuse.backend import gru_fuse
@@ -209,6 +216,50 @@ def test_total_length(enabled, batch_first):
     parity(model, (x, lengths, None, 7), (x, lengths, None, 9), (x, lengths, None, 12), graphs=2)
     with pytest.raises(ValueError, match="total_length=5 and max sequence length being 7"):
         torch.compile(model, fullgraph=True, backend=rewriting)(x, lengths, None, 5)
+
+
+class Unpacked(Tagger):
+    """A list of sequences of their own lengths comes out."""
+
+    def forward(self, x, lengths):
+        packed, h = self.encode(x, lengths)
+        return *[self.out(sequence) for sequence in unpack_sequence(packed)], h
+
+
+class Unpadded(Tagger):
+    """The same by way of what is padded, with the batch first."""
+
+    def forward(self, x, lengths):
+        packed, h = self.encode(x, lengths)
+        padded, lengths = pad_packed_sequence(packed, batch_first=True)
+        return *unpad_sequence(self.out(padded), lengths, batch_first=True), h
+
+
+@SORTED
+@pytest.mark.parametrize("kind", [Unpacked, Unpadded])
+def test_sequences_come_out(enabled, kind, enforce_sorted):
+    model = kind(enforce_sorted, bidirectional=True)
+    parity(model, *(batch(enforce_sorted, seed=seed) for seed in range(3)))  # lengths change without recompiling
+    others = [batch(enforce_sorted, B, T, seed=T) for B, T in ((5, 9), (5, 6), (5, 4), (3, 6), (3, 8))]
+    torch._dynamo.reset()
+    parity(model, *others, graphs=3)  # one for 9 steps, one for any; one for 3 sequences, over which Python unrolls
+
+
+@pytest.mark.parametrize("kind", [Unpacked, Unpadded])
+def test_sequences_come_out_of_what_inductor_compiles(enabled, kind):
+    parity(kind(False), batch(False), backend="inductor")
+
+
+@SORTED
+def test_sequences_in_and_out(enabled, enforce_sorted):
+    class InAndOut(Sequences):
+        def forward(self, *sequences):
+            packed, h = self.rnn(pack_sequence([self.embed(sequence) for sequence in sequences], self.enforce_sorted))
+            return *[self.out(sequence) for sequence in unpack_sequence(packed)], h
+
+    generator = torch.Generator().manual_seed(0)
+    lengths = (7, 5, 5, 2) if enforce_sorted else (5, 7, 2, 5)
+    parity(InAndOut(enforce_sorted), [torch.randn(n, 5, generator=generator) for n in lengths])
 
 
 @SORTED

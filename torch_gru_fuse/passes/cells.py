@@ -86,7 +86,8 @@ class Cell:
 
     Attributes:
         node: makes the new hidden state h'.
-        x: the input, as the part of a tensor that it is.
+        x: the input, as the part of a tensor that it is: [B, I], or [.., I] of a hand-written cell, where dimensions of size
+            one that the state begins with may be missing.
         x_node: a node that holds the input, None where there is none (the projection was made for all time steps at once).
         h: the hidden state, as the part of a tensor that it is: [B, H], or [.., H] of a hand-written cell.
         weights: what the cell multiplies with.
@@ -218,12 +219,21 @@ class Algebra:
             extents = region.extents
         elif same_sizes(full[-1:], own):
             extents = region.extents[-1:]
+        elif _lacks_ones(own, full) and all(e in (None, 0) for e in region.extents[: -len(own)]):
+            extents = region.extents[-len(own) :]
+            sizes = sizes[-sum(not isinstance(e, int) for e in extents) :]
         else:
             raise NoMatch
         part = self._regions.of(arg).part(extents)
         if part is None:
             raise NoMatch
         return self.expand(part, sizes)
+
+
+def _lacks_ones(own: Sequence[object], full: Sequence[object]) -> bool:
+    """Whether sizes are `full` without some of the ones that it begins with."""
+    missing = len(full) - len(own)
+    return len(own) > 1 and missing >= 0 and same_sizes((*[1] * missing, *own), full)
 
 
 def _sum(left: Polynomial, right: Polynomial) -> Polynomial:
@@ -513,7 +523,7 @@ class _Matcher:
         *batch, _ = shape(root)
         if not same_sizes(h.sizes, shape(root)):
             raise NoMatch(f"its hidden state of size {tuple(h.sizes)} is broadcast to {tuple(shape(root))}")
-        if not same_sizes(x.sizes[:-1], batch):
+        if not _lacks_ones(x.sizes, (*batch, x.sizes[-1])):
             raise NoMatch(f"its input of size {tuple(x.sizes)} is broadcast, or not of size [B, I]")
         features = x.sizes[-1]
         if not (
@@ -551,7 +561,7 @@ def _transpose_of(node: Node) -> Node | None:
     source = node.args[0] if node.args else None
     if not isinstance(source, Node) or len(shape(node)) != 2 or len(shape(source)) != 2:
         return None
-    if kind == "t" or (kind == "getattr" and node.args[1] in ("T", "mT")):
+    if kind in ("t", "numpy_T") or (kind == "getattr" and node.args[1] in ("T", "mT")):
         return source
     if kind in ("transpose", "permute", "swapaxes", "swapdims"):
         dims = [d for a in node.args[1:] for d in (a if isinstance(a, (list, tuple)) else [a])] + [*node.kwargs.values()]

@@ -12,7 +12,7 @@ Every use of a hidden state in between gets that time step of the output; where 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import getitem
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from torch.fx import Graph, Node
 
 from torch_gru_fuse.ops.schemas import ops
 from torch_gru_fuse.passes.cells import Cell, Found, Weights, emit_weights
-from torch_gru_fuse.passes.layout import SHORTEST, Stacked, as_sequence, write_at_once
+from torch_gru_fuse.passes.layout import SHORTEST, Part, Rows, Stacked, as_sequence, write_at_once
 from torch_gru_fuse.passes.nodes import (
     EVERYTHING,
     RANDOM,
@@ -47,13 +47,17 @@ from torch_gru_fuse.passes.resets import Factor, Reset, find_reset
 
 @dataclass(frozen=True)
 class Loop:
-    """What became of a chain of cells: `steps` of them at the node `last`, rolled up to `made` where `reason` is None."""
+    """What became of a chain of cells: `steps` of them at the node `last`, rolled up to `made` where `reason` is None.
+
+    unit: what they are, "steps", or "chunks" where one has several time steps.
+    """
 
     last: Node
     kind: str
     steps: int
     reason: str | None = None
     made: Node | None = None
+    unit: str = "steps"
 
 
 # ---- which cells follow one another ------------------------------------------------------------------------------------------
@@ -62,8 +66,6 @@ class Loop:
 def _before(cell: Cell, cells: dict[Node, Cell], regions: Regions, resets: dict[Cell, Reset]) -> Cell | None:
     """The cell whose new hidden state is this one's hidden state, but for a reset in between."""
     h = cell.h
-    if len(h.sizes) != 2:
-        return None
     if cell in resets and resets[cell].state.whole:
         return cells.get(resets[cell].state.base)
     if h.whole and h.base in cells:
@@ -98,20 +100,18 @@ def _chains(cells: dict[Node, Cell], regions: Regions, resets: dict[Cell, Reset]
 _NEAR = 24  # nodes that are looked at between two steps, to say why they are no loop
 
 
-def _why_unchained(cell: Cell, cells: dict[Node, Cell]) -> str | None:
-    """Why a cell whose state is made of that of a cell before it is no step of a loop with it; None where it is not."""
-    before = cells.get(cell.h.base)
-    if len(cell.h.sizes) != 2 and before is not None and before.weights == cell.weights:
-        return f"its hidden state has {len(cell.h.sizes)} dimensions; loops are rolled up over [B, H]"
+def why_changed(h: Node, weights: object, states: Mapping[Node, object]) -> str | None:
+    """Why a step whose state `h` is made of that of a step before it, with the same weights, is no step of a loop with it; None
+    where it is not.  `states` has the weights of all states."""
     changed_by: list[str] = []
-    pending, seen = [cell.h.base], set()
+    pending, seen = [h], set()
     while pending and len(seen) < _NEAR:
         node = pending.pop(0)
         if node in seen:
             continue
         seen.add(node)
-        if node in cells:
-            if cells[node].weights != cell.weights:
+        if node in states:
+            if states[node] != weights:
                 continue
             by = ", ".join(dict.fromkeys(changed_by)) or "an operation"
             return f"the hidden state is changed between two steps (by {by})"
@@ -220,6 +220,7 @@ class Roller:
         self._keeps: dict[tuple[Factor | None, ...], Node] = {}
         self._replaced: dict[Node, Region] = {}  # by what was a hidden state, where it is now
         self._weights: dict[Weights, list[Node | None]] = {}
+        self._outputs: list[Node] = []
 
     def run(self) -> list[Loop]:
         """Rewrites the graph; the cells that are left are those in `found.cells`."""
@@ -246,7 +247,7 @@ class Roller:
                 loops.append(Loop(cells[-1].node, cells[0].kind, len(cells), made=made))
                 for cell in cells:
                     del self._cells[cell.node]
-        outputs = [u for loop in loops for u in loop.made.users]  # type: ignore[union-attr]
+        outputs = [*self._outputs, *(u for loop in loops for u in loop.made.users)]  # type: ignore[union-attr]
         to_be_fused = [cell for cell in self._cells.values() if not cell.call]
         read = {self.now(region).base for cell in to_be_fused for region in (cell.x, cell.h)}
         erase_unused(self._graph, outputs, read | self._cells.keys())
@@ -256,13 +257,14 @@ class Roller:
 
     def _unchained(self, chains: list[list[Cell]]) -> dict[Cell, str]:
         alone = {chain[0].node for chain in chains if len(chain) == 1}
+        weights = {node: cell.weights for node, cell in self._cells.items()}
         reasons = {}
         for chain in chains:
             cell = chain[0]
             if (before := _before(cell, self._cells, self._regions, self._resets)) is not None:
                 if len(chain) == 1 and before.node in alone and before.weights != cell.weights:
                     reasons[cell] = "the weights differ from those of the step before"
-            elif (reason := _why_unchained(cell, self._cells)) is not None:
+            elif (reason := why_changed(cell.h.base, cell.weights, weights)) is not None:
                 reasons[cell] = reason
         return reasons
 
@@ -302,36 +304,49 @@ class Roller:
         first, last = cells[0].node, cells[-1].node
         emit = Emitter(graph, last, last)
         params = [p for p in self.weights(first, cells[0]) if p is not None]
-        x = self._sequence(emit, [self.now(c.x) for c in cells], [c.x_node for c in cells])
+        rows = Rows.of(last, cells[0].x)
+        inputs = [rows.region(self.now(c.x), self._regions) for c in cells]
+        x = rows.flat(emit, self._sequence(emit, inputs, [c.x_node for c in cells]))
         resets = self._resets_of(segment)
         h0 = cells[0].h if resets[0] is None else resets[0].state
-        hx = emit(aten.unsqueeze.default, emit.region(self.now(h0)), 0)
+        first_state = emit(aten.unsqueeze.default, emit.region(rows.region(self.now(h0), self._regions)), 0)
+        hx = rows.flat(emit, first_state)
         options = self._options if segment.keep_dtype is None else self._options | {"keep": self._keep(emit, last, resets)}
         state = value(last)
         assert isinstance(state, Tensor)
-        results = state.new_empty(len(cells), *state.shape), state.new_empty(1, *state.shape)
+        results = state.new_empty(len(cells), *shape(hx)[1:]), state.new_empty(shape(hx))
         call = emit.known(
             results, ops.gru.default, x, hx, params, len(params) > 2, 1, 0.0, False, False, False, **options
         )
-        output = emit.known(results[0], getitem, call, 0)
+        flat, flat_h_n = (emit.known(results[i], getitem, call, i) for i in (0, 1))
+        output, h_n = (rows.states(emit, result, first_state) for result in (flat, flat_h_n))
 
         anchor = last
         for node in segment.waiting:
             anchor.append(node)
             anchor = node
-        stacked = Stacked(graph, output, [c.node for c in cells], self._written)
+        parts = []
+        for t, cell in enumerate(cells):
+            node, steps, own = cell.node, range(t, t + 1), cell.node is last
+            parts.append(Part(node, output, steps, None, own))
+            if rows.dims == 3 and rows.ones:
+                parts.append(Part(node, flat, steps, rows.ones[0], own))
+                picks = (user for user in node.users if self._regions.of(user) == rows.picked(node))
+                parts += [Part(user, flat, steps, None, own) for user in picks]
+        stacked = Stacked(graph, parts, self._written)
         dead = stacked.replace()
         for node, new in dead.items():
             self._replaced[node] = Region(new, (None,) * len(shape(new)))
-        write_at_once(graph, output, [c.node for c in cells], self._regions)
-        keep = self._cells.keys()
+        write_at_once(graph, parts, self._regions)
+        self._outputs.append(output)
+        keep = {*self._cells, *self._outputs}  # others may be parts of the output
         erase_unused(graph, dead, keep)
         for t in reversed(range(len(cells))):
             node = cells[t].node
-            here = Region(output, (t, None, None))
+            here = Region(output, (t, *[None] * rows.dims))
             if node.users:
                 if t == len(cells) - 1:  # memory of its own: what is made of it may leave the graph beside the output
-                    select = emit(aten.select.int, emit.known(results[1], getitem, call, 1), 0, 0)
+                    select = emit(aten.select.int, h_n, 0, 0)
                     if storages(node) & self._written:
                         here = self._regions.of(select)
                 else:
@@ -345,6 +360,7 @@ class Roller:
                 graph.erase_node(node)
             erase_unused(graph, inputs, keep)
         graph.erase_node(last)
+        erase_unused(graph, [h_n], ())
         self._regions.forget()
         return call
 

@@ -51,15 +51,17 @@ def _name_of_function(target: Callable[..., object]) -> str:
     name = getattr(target, "__name__", "")
     if target is getattr:
         return "getattr"
-    return name if any(getattr(home, name, None) is target for home in (torch, operator, F)) else ""
+    return name if any(getattr(home, name, None) is target for home in (torch, operator, F, aten)) else ""
 
 
 def name(node: object) -> str:
-    """ "add" for operator.add, torch.add, Tensor.add and aten.add.Tensor; "" for what is none of torch's functions."""
+    """ "add" for operator.add, torch.add, Tensor.add, Tensor.__add__ and aten.add.Tensor; "" for what is none of torch's
+    functions."""
     if not isinstance(node, Node):
         return ""
     if node.op == "call_method":
-        return str(node.target)
+        method = str(node.target)
+        return method[2:-2] if method.startswith("__") and method.endswith("__") else method
     return _name_of_function(node.target) if node.op == "call_function" else ""
 
 
@@ -75,7 +77,8 @@ Extent = None | tuple[int, int] | int
 
 @dataclass(frozen=True)
 class Region:
-    """The part of a tensor that a chain of indexing, `select`, `narrow`, `unbind`, `split`, `squeeze` and the like picks."""
+    """The part of a tensor that a chain of indexing, `select`, `narrow`, `unbind`, `split`, `squeeze` and the like picks, and
+    `detach` where there is no gradient."""
 
     base: Node
     extents: tuple[Extent, ...]
@@ -106,6 +109,12 @@ class Region:
                 return None
             index += size
         return self.replace(d, start + index)
+
+    def unbind(self, dim: int) -> list[Region]:
+        """The part at each index of a dimension whose size is a constant."""
+        d = self.visible[dim]
+        start = self.extents[d][0] if self.extents[d] is not None else 0
+        return [self.replace(d, start + i) for i in range(self.sizes[dim])]
 
     def narrow(self, dim: int, start: int, stop: int) -> Region:
         d = self.visible[dim]
@@ -157,6 +166,12 @@ class Regions:
             self._known[link] = self._behind_new_dimensions(region or Region(link, (None,) * len(shape(link))))
         return self._known[chain[0] if chain else node]
 
+    def without(self, region: Region, dim: int) -> Region:
+        """A region without one of its dimensions, which has size one."""
+        part = region.select(dim, 0)
+        assert part is not None
+        return self._behind_new_dimensions(part)
+
     def _behind_new_dimensions(self, region: Region) -> Region:
         """The same region of x where it is ``x.unsqueeze(d)`` without that dimension: what keeps [1, B, H] and uses [B, H]."""
         rank = len(region.extents)
@@ -182,12 +197,26 @@ def unsqueezed(element: object, dim: int, rank: int) -> Node | None:
     return None
 
 
+def swapped(node: Node) -> Node | None:
+    """The tensor that a node is with its first two dimensions in each other's place, if it is one."""
+    if name(node) not in ("transpose", "swapaxes", "swapdims") or len(shape(node)) < 2 or not isinstance(node.args[0], Node):
+        return None
+    dims = [d % len(shape(node)) for a in ((1, "dim0"), (2, "dim1")) if type(d := argument(node, *a)) is int]
+    return node.args[0] if sorted(dims) == [0, 1] else None
+
+
+_PICKS = ("getitem", "select", "narrow", "squeeze", "slice", "detach")
+
+
 def _source(node: Node) -> Node | None:
     """The tensor that `node` picks a part of, if that is what it does."""
     kind = name(node)
-    if kind not in ("getitem", "select", "narrow", "squeeze", "slice") or not node.args or not isinstance(node.args[0], Node):
+    if kind not in _PICKS or not node.args or not isinstance(node.args[0], Node):
         return None
     source = node.args[0]
+    if kind == "detach":  # export does not say which tensors have gradients
+        known = source.meta.get("example_value")
+        return source if isinstance(known, Tensor) and not known.requires_grad else None
     if isinstance(value(source), (tuple, list)):
         if kind == "getitem" and name(source) in (*_SIZE_ONE, "unbind") and isinstance(source.args[0], Node):
             return source.args[0]
@@ -203,6 +232,8 @@ def _step(region: Region, node: Node) -> Region | None:
         return _piece(region, node.args[0], node.args[1])
     if kind == "getitem":
         return indexed(region, node.args[1])
+    if kind == "detach":
+        return region
     if kind == "select" and len(ints) == 2:
         dim, index = argument(node, 1, "dim"), argument(node, 2, "index")
         return region.select(dim % rank, index)

@@ -22,7 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 import torch_gru_fuse.ops  # noqa: F401  (registers the ops)
 from torch_gru_fuse import torch_hooks
 from torch_gru_fuse.ops.schemas import ops
-from torch_gru_fuse.passes import buffers, cells, guards, loops, pairs, steps
+from torch_gru_fuse.passes import buffers, cells, guards, layout, loops, pairs, steps
 from torch_gru_fuse.passes.nodes import Emitter, Regions, aten, storages, value, write_positions
 
 log = logging.getLogger("torch_gru_fuse")
@@ -180,6 +180,7 @@ def _rewrite_cells(graph: Graph) -> int:
         found = cells.find_cells(graph, regions)
     if not found.cells and not found.others:
         return 0
+    layout.stack_before_cat(graph, found.cells, regions)
     roller = loops.Roller(graph, found, regions, _options("gru"))
     count = 0
     for loop in roller.run():
@@ -198,12 +199,12 @@ def _rewrite_cells(graph: Graph) -> int:
 
 
 def _record_loop(loop: loops.Loop) -> None:
-    text = f"loop of {loop.steps} steps over {'' if loop.kind.startswith('torch') else 'a '}{loop.kind}"
+    text = f"loop of {loop.steps} {loop.unit} over {'' if loop.kind.startswith('torch') else 'a '}{loop.kind}"
     _record("gru", loop.last, loop.reason, found=text, made=loop.made)
 
 
 def _roll_up_steps(graph: Graph) -> int:
-    """Calls of `torch.gru` over one time step each become one call of the op; those that are in no loop stay."""
+    """Calls of `torch.gru` over some time steps each become one call of the op; those that are in no loop stay."""
     found = steps.Roller(graph, _options("gru")).run()
     for loop in found:
         _record_loop(loop)

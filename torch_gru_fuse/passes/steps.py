@@ -1,9 +1,9 @@
-"""Models that call `nn.GRU` once a time step become one call of the sequence op.
+"""Models that call `nn.GRU` once a time step, or once for some of them, become one call of the sequence op.
 
-    for t in range(T):
-        output, h = self.gru(x[:, t : t + 1], h)
-        outputs.append(output)
-    return torch.cat(outputs, 1)
+    for t in range(T):                                      for chunk in x.split(20, 1):
+        output, h = self.gru(x[:, t : t + 1], h)                output, h = self.gru(chunk, h)
+        outputs.append(output)                                  outputs.append(output)
+    return torch.cat(outputs, 1)                            return torch.cat(outputs, 1)
 
 What makes that right is the same as for loops over cells (`loops.py`): the inputs of all steps are known where the last call
 is, without any of the results before.  A call has several layers here, and of those below the last one the sequence op returns
@@ -12,6 +12,7 @@ no state but the last.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from operator import getitem
@@ -22,16 +23,16 @@ from torch.fx import Graph, Node
 
 from torch_gru_fuse.ops.schemas import ops
 from torch_gru_fuse.passes import guards
-from torch_gru_fuse.passes.layout import SHORTEST, Stacked, as_sequence, write_at_once
-from torch_gru_fuse.passes.loops import Loop, merge_layers
+from torch_gru_fuse.passes.layout import SHORTEST, Part, Stacked, as_sequence, stack_before_cat, write_at_once
+from torch_gru_fuse.passes.loops import Loop, merge_layers, why_changed
 from torch_gru_fuse.passes.nodes import (
     EVERYTHING,
     RANDOM,
     Emitter,
+    Extent,
     Region,
     Regions,
     Waiting,
-    argument,
     aten,
     effects,
     erase_unused,
@@ -39,6 +40,7 @@ from torch_gru_fuse.passes.nodes import (
     same_sizes,
     shape,
     storages,
+    swapped,
     unsqueezed,
     value,
     write_positions,
@@ -53,7 +55,7 @@ class Step:
         node: the call.
         params: its weights.
         options: has_biases, num_layers, dropout, train, bidirectional, batch_first.
-        outputs, states: nodes that take its output, [1, B, H] or [B, 1, H], and its last states, [L, B, H].
+        outputs, states: nodes that take its output, [n, B, H] or [B, n, H], and its last states, [L, B, H].
     """
 
     node: Node
@@ -80,6 +82,19 @@ class Step:
     def time(self) -> int:
         """The dimension of time."""
         return 1 if self.options["batch_first"] else 0
+
+    @property
+    def length(self) -> int | None:
+        """Its number of time steps, n, where that is a constant of the graph."""
+        length = shape(self.x)[self.time]
+        return length if type(length) is int and length > 0 else None
+
+    def last(self, *, keeps_time: bool) -> tuple[Extent, ...]:
+        """The last time step as a part of the output, with a dimension of time or without."""
+        assert self.length is not None
+        at = self.length - 1
+        with_time = None if at == 0 else (at, at + 1)
+        return tuple((with_time if keeps_time else at) if d == self.time else None for d in range(3))
 
 
 def _step(node: Node) -> Step | None:
@@ -113,13 +128,18 @@ class _Chains:
         self._regions = regions
         self.steps = [step for node in graph.nodes if (step := _step(node)) is not None]
         self._by_state = {node: step for step in self.steps for node in step.states}
-        self._by_output = {node: step for step in self.steps for node in step.outputs}
+        self._by_output = {  # where the last time step of the output is the last state
+            node: step for step in self.steps if step.layers == 1 and step.length is not None for node in step.outputs
+        }
+        self.results = {node: step.params for step in self.steps for node in (*step.outputs, *step.states)}
 
     def before(self, step: Step) -> Step | None:
         """The call whose last states are the first of this one."""
-        whole = self._regions.of(step.hx)
-        if whole.whole and whole.base in self._by_state:
-            return self._by_state[whole.base]
+        hx = self._regions.of(step.hx)
+        if hx.whole and hx.base in self._by_state:
+            return self._by_state[hx.base]
+        if (before := self._by_output.get(hx.base)) is not None and before.time == 0:
+            return before if hx.extents == before.last(keeps_time=True) else None
         for dim in range(2):  # a model that keeps [B, H], or an unbatched call of nn.GRU
             inside = unsqueezed(step.hx, dim, 3)
             if inside is None:
@@ -127,14 +147,17 @@ class _Chains:
             part = self._regions.of(inside)
             if part.base in self._by_state and part.extents == _without(dim) and _is_one(shape(part.base)[dim]):
                 return self._by_state[part.base]
-            by_output = self._by_output.get(part.base)
-            if by_output is not None and dim == 0 and by_output.layers == 1 and part.extents == _without(by_output.time):
-                return by_output
-        if name(step.hx) in ("transpose", "swapaxes") and {argument(step.hx, i, "") for i in (1, 2)} == {0, 1}:
-            by_output = self._by_output.get(step.hx.args[0])  # type: ignore[arg-type]
-            if by_output is not None and by_output.layers == by_output.time == 1:
-                return by_output
+            if dim == 0 and (before := self._by_output.get(part.base)) is not None:
+                return before if part.extents == before.last(keeps_time=False) else None
+        if (inside := swapped(step.hx)) is not None:
+            part = self._regions.of(inside)
+            if (before := self._by_output.get(part.base)) is not None and before.time == 1:
+                return before if part.extents == before.last(keeps_time=True) else None
         return None
+
+    def why_none_before(self, step: Step) -> str | None:
+        """Why a call whose first states are made of those of a call before it does not follow that one."""
+        return why_changed(self._regions.of(step.hx).base, step.params, self.results)
 
     def all(self) -> list[list[Step]]:
         """Calls that follow one another, in the order of the graph; each is in one list."""
@@ -167,15 +190,20 @@ def _is_one(size: object) -> bool:
 # ---- which of them can be one call -------------------------------------------------------------------------------------------
 
 
-def _why_no_step(step: Step) -> str | None:
-    """Why a call is no step of a sequence."""
-    if not _is_one(shape(step.x)[step.time]):
-        return "its calls have more than one time step"
+def _why_no_part(step: Step) -> str | None:
+    """Why a call is no part of a longer sequence."""
+    if step.length is None:
+        return "the number of time steps of a call is no constant of the graph"
     if step.options["bidirectional"]:
         return "it is bidirectional"
     if step.options["dropout"] and step.options["train"] and step.layers > 1:
-        return "it draws a dropout mask for each step"
+        return "it draws a dropout mask for each call"
     return None
+
+
+def _sizes(step: Step) -> list[object]:
+    """B and the size of the input."""
+    return [size for d, size in enumerate(shape(step.x)) if d != step.time]
 
 
 class _Segment:
@@ -193,11 +221,11 @@ class _Segment:
 
     def take(self, step: Step) -> str | None:
         last, first, order = self.steps[-1], self.steps[0], self._order
-        if (reason := _why_no_step(last) or _why_no_step(step)) is not None:
+        if (reason := _why_no_part(last) or _why_no_part(step)) is not None:
             return reason
         if (step.params, step.layers, step.time) != (last.params, last.layers, last.time):
             return "the weights differ from those of the step before"
-        if not same_sizes(shape(step.x), shape(first.x)):
+        if not same_sizes(_sizes(step), _sizes(first)):
             return "its inputs differ in size from step to step"
         if not _same_dtypes(first, step):
             return "autocast changes its dtype from step to step"
@@ -235,11 +263,12 @@ class _Segment:
             way.add(node)
             node = node.args[0]
         users = [(state, user) for state in step.states for user in state.users if user not in way]
-        return not all(self._regions.of(u) == _of_last_layer(state, step.layers) for state, u in users)
+        return not all(self._regions.of(u) in _of_last_layer(state, step.layers) for state, u in users)
 
 
-def _of_last_layer(state: Node, layers: int) -> Region:
-    return Region(state, (layers - 1, None, None))
+def _of_last_layer(state: Node, layers: int) -> tuple[Region, Region]:
+    """The states of the last layer, [B, H] and [1, B, H]."""
+    return Region(state, (layers - 1, None, None)), Region(state, ((layers - 1, layers) if layers > 1 else None, None, None))
 
 
 def _same_dtypes(first: Step, step: Step) -> bool:
@@ -264,13 +293,18 @@ class Roller:
         self._graph, self._options = graph, options
         self._regions = Regions()
         self._written: set[object] = set()
-        self._outputs: list[Node] = []  # of single steps, in the graph as it has become
 
     def run(self) -> list[Loop]:
         """Rewrites the graph; calls that are in no loop stay."""
         loops, refused = [], []
-        chains = [c for c in _Chains(self._graph, self._regions).all() if len(c) >= SHORTEST]
+        calls = _Chains(self._graph, self._regions)
+        chains = calls.all()
+        for chain in chains:
+            if calls.before(chain[0]) is None and (reason := calls.why_none_before(chain[0])) is not None:
+                refused.append(_loop([chain[0]], reason))
+        chains = [c for c in chains if len(c) >= SHORTEST]
         if chains:
+            stack_before_cat(self._graph, calls.results, self._regions)
             self._written = set(write_positions(self._graph.nodes))
         for chain in chains:
             start = 0
@@ -279,24 +313,14 @@ class Roller:
                 reasons = (segment.take(step) for step in chain[start + 1 :])
                 reason = next((r for r in reasons if r is not None), None)
                 start += len(segment.steps)
-                last = segment.steps[-1].node
                 if len(segment.steps) >= SHORTEST:
-                    loops.append(Loop(last, "torch.gru", len(segment.steps), made=self._roll(segment)))
+                    loops.append(replace(_loop(segment.steps), made=self._roll(segment)))
                 if reason is not None:
-                    refused.append(Loop(chain[start].node, "torch.gru", 2, reason))
+                    refused.append(_loop([chain[start]], reason))
         if loops:
-            self._give_strides()
             made = merge_layers(self._graph, [loop.made for loop in loops], set())  # type: ignore[misc]
             loops = [replace(loop, made=made[loop.made]) for loop in loops]  # type: ignore[index]
         return loops + _grouped(refused)
-
-    def _give_strides(self) -> None:
-        """Outputs of single steps get the strides that those of torch.gru have: with the batch first they are transposed."""
-        for node in self._outputs:
-            if node.users and node.args[1] == 1:
-                emit = Emitter(self._graph, node, node)
-                node.replace_all_uses_with(emit(aten.transpose.int, emit(aten.unsqueeze.default, node.args[0], 0), 0, 1))
-        erase_unused(self._graph, [node for node in self._outputs if not node.users], ())
 
     def _is_written(self, *nodes: Node) -> bool:
         return bool(storages(*nodes) & self._written)
@@ -305,16 +329,23 @@ class Roller:
         graph, steps = self._graph, segment.steps
         first, last = steps[0], steps[-1]
         emit = Emitter(graph, last.node, last.node)
-        x = as_sequence(emit, [self._input(step) for step in steps], [None] * len(steps))
+        inputs = [part for step in steps for part in self._inputs(step)]
+        x = as_sequence(emit, inputs, [None] * len(inputs))
         output, state = value(last.node)  # type: ignore[misc]
         assert isinstance(output, Tensor) and isinstance(state, Tensor)
-        results = output.new_empty(len(steps), *state.shape[1:]), state.new_empty(state.shape)
+        results = output.new_empty(len(inputs), *state.shape[1:]), state.new_empty(state.shape)
         call = emit.known(
             results, ops.gru.default, x, first.hx, list(first.params), first.options["has_biases"], first.layers, 0.0,
             False, False, False, **self._options,
         )  # fmt: skip
         whole, h_n = (emit.known(results[i], getitem, call, i) for i in (0, 1))
-        tops = [emit(aten.select.int, whole, 0, t) for t in range(len(steps))]
+        ends = list(itertools.accumulate(step.length for step in steps))  # type: ignore[arg-type]
+        tops = [emit(aten.select.int, whole, 0, end - 1) for end in ends]
+        # With the batch first outputs have the strides that those of torch.gru have: they are transposed.
+        outputs = whole if last.time == 0 else emit(aten.transpose.int, whole, 0, 1)
+        spans = list(zip((0, *ends), ends, strict=False))
+        slices = [emit(aten.slice.Tensor, outputs, last.time, *span) for span in spans]
+        last_of_outputs = [step.last(keeps_time=False) for step in steps]
 
         anchor = last.node
         for node in segment.waiting:
@@ -325,49 +356,59 @@ class Roller:
         for step in steps:
             step.node.args, step.node.kwargs = (), {}
         erase_unused(graph, unused, {*results_of_steps, *(step.node for step in steps)})
-        whole_outputs = []
-        for step, top in zip(steps, tops, strict=True):
+        for step, top, part, extents in zip(steps, tops, slices, last_of_outputs, strict=True):
+            both_leave = all(any(_leaves(node) for node in nodes) for nodes in (step.outputs, step.states))
             for node in step.outputs:
-                made = self._replace(emit, node, Region(node, _without(step.time)), top, step.time)
-                whole_outputs += [] if made is None else [made]
+                self._replace(node, Region(node, extents), top)
+                node.replace_all_uses_with(part)
             for node in step.states:
                 if step is last:
                     node.replace_all_uses_with(h_n)
-                else:
-                    self._replace(emit, node, _of_last_layer(node, step.layers), top, 0)
+                    continue
+                state = emit(aten.clone.default, top) if both_leave else top
+                layer = emit(aten.unsqueeze.default, state, 0)
+                for region, by in zip(_of_last_layer(node, step.layers), (state, layer), strict=True):
+                    self._replace(node, region, by)
+                node.replace_all_uses_with(layer)
+                erase_unused(graph, [layer], (state,))
         for node in (*results_of_steps, *(step.node for step in steps[:-1])):
             graph.erase_node(node)
-        stacked = Stacked(graph, whole, tops, self._written).replace()
-        write_at_once(graph, whole, tops, self._regions)
-        erase_unused(graph, [*stacked, *tops, h_n], whole_outputs)
+        parts = [Part(top, whole, range(end - 1, end)) for top, end in zip(tops, ends, strict=True)]
+        parts += [Part(part, whole, range(*span), last.time) for part, span in zip(slices, spans, strict=True)]
+        stacked = Stacked(graph, parts, self._written).replace()
+        write_at_once(graph, parts, self._regions)
+        erase_unused(graph, [*stacked, *tops, *slices, outputs, h_n], ())
         graph.erase_node(last.node)
-        self._outputs += whole_outputs
         self._regions.forget()
         return call
 
-    def _input(self, step: Step) -> Region:
-        """The input of a step, [B, I]."""
-        inside = unsqueezed(step.x, step.time, 3)
-        region = self._regions.of(step.x).select(step.time, 0) if inside is None else self._regions.of(inside)
-        assert region is not None
-        return region
+    def _inputs(self, step: Step) -> list[Region]:
+        """The inputs of its time steps, each [B, I]."""
+        if (inside := unsqueezed(step.x, step.time, 3)) is not None:
+            return [self._regions.of(inside)]
+        return self._regions.of(step.x).unbind(step.time)
 
-    def _replace(self, emit: Emitter, node: Node, part: Region, top: Node, dim: int) -> Node | None:
-        """Uses of a result of a step: `top` where they pick a part, else `top` with another dimension, which is returned."""
+    def _replace(self, node: Node, part: Region, by: Node) -> None:
+        """Replaces what picks a part of a result of a step."""
         for user in list(node.users):
             if self._regions.of(user) == part:
-                user.replace_all_uses_with(top)
+                user.replace_all_uses_with(by)
                 self._graph.erase_node(user)
-        if not node.users:
-            return None
-        made = emit(aten.unsqueeze.default, top, dim)
-        node.replace_all_uses_with(made)
-        return made
+
+
+def _leaves(node: Node) -> bool:
+    """Whether a tensor, or a view of it, is a result of the graph."""
+    return any(user.op == "output" or (storages(user) & storages(node) and _leaves(user)) for user in node.users)
+
+
+def _loop(steps: list[Step], reason: str | None = None) -> Loop:
+    unit = "steps" if all(step.length == 1 for step in steps) else "chunks"
+    return Loop(steps[-1].node, "torch.gru", len(steps), reason, unit=unit)
 
 
 def _grouped(refused: list[Loop]) -> list[Loop]:
     """One record for all steps of a loop that were refused for one reason."""
-    groups: dict[tuple[str | None, object], list[Loop]] = {}
+    groups: dict[tuple[object, ...], list[Loop]] = {}
     for loop in refused:
-        groups.setdefault((loop.reason, loop.last.meta.get("stack_trace")), []).append(loop)
+        groups.setdefault((loop.reason, loop.unit, loop.last.meta.get("stack_trace")), []).append(loop)
     return [replace(loops[-1], steps=len(loops) + 1) for loops in groups.values()]
