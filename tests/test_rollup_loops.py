@@ -673,6 +673,19 @@ def calls_of_cells(model, x):
     return calls
 
 
+def test_a_state_without_its_tangent_stays():
+    """The weights and the input have no gradients, but the input has a tangent, which `detach` takes off."""
+    model = Model(detaches).double().requires_grad_(False)
+    x, tangent = torch.randn(2, T, B, I, dtype=torch.float64)
+
+    def directional(x, tangent):
+        return torch.func.jvp(model, (x,), (tangent,))
+
+    compiled, graph = compiled_graph(directional, x, tangent)
+    assert graph.gru == 0 and any("(by detach)" in r for r in graph.reasons)
+    assert_same(compiled(x, tangent), directional(x, tangent), 1e-12)
+
+
 def test_part_of_a_loop_is_rolled_up():
     def loop(m, x):
         h = zeros(x)

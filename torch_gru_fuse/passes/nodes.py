@@ -78,7 +78,7 @@ Extent = None | tuple[int, int] | int
 @dataclass(frozen=True)
 class Region:
     """The part of a tensor that a chain of indexing, `select`, `narrow`, `unbind`, `split`, `squeeze` and the like picks, and
-    `detach` where there is no gradient."""
+    `detach` where there is no derivative."""
 
     base: Node
     extents: tuple[Extent, ...]
@@ -214,9 +214,11 @@ def _source(node: Node) -> Node | None:
     if kind not in _PICKS or not node.args or not isinstance(node.args[0], Node):
         return None
     source = node.args[0]
-    if kind == "detach":  # export does not say which tensors have gradients
+    if kind == "detach":
+        # Export does not say which tensors have gradients, and none says which have tangents: those of torch.func may.
         known = source.meta.get("example_value")
-        return source if isinstance(known, Tensor) and not known.requires_grad else None
+        plain = isinstance(known, Tensor) and not known.requires_grad and not torch_hooks.is_transformed(known)
+        return source if plain else None
     if isinstance(value(source), (tuple, list)):
         if kind == "getitem" and name(source) in (*_SIZE_ONE, "unbind") and isinstance(source.args[0], Node):
             return source.args[0]

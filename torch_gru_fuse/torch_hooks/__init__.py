@@ -473,14 +473,17 @@ def depends_on_data(size: Any) -> bool:
     return not isinstance(size, int) and bool(free_unbacked_symbols(size))
 
 
+#: Whether a tensor is one of `torch.func`, at the level of a transform: gradients, tangents or samples of others.
+is_transformed = torch._C._functorch.is_functorch_wrapped_tensor
+
+
 def storage_key(tensor: Tensor) -> int:
     """A number that two tensors share exactly while they share memory; fake tensors too, and those of `torch.func`.
 
     All tensors without one memory, as sparse ones, share 0.
     """
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = functorch.get_unwrapped(tensor)
+    while is_transformed(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
     try:
         return tensor.untyped_storage()._cdata
     except NotImplementedError:
