@@ -474,10 +474,16 @@ def test_removal(hook):
     from torch._dynamo.variables import builder
     from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable as Module
 
-    installed = builder.get_fake_value, Module.call_function
+    def functions():
+        return builder.get_fake_value, Module.call_function
+
+    installed = functions()
     hook.remove()
-    assert builder.get_fake_value is not installed[0] and Module.call_function is not installed[1]
-    assert builder.get_fake_value is torch._dynamo.utils.get_fake_value
+    before = functions()
+    assert before[0] is not installed[0] and before[1] is not installed[1]
+    hook.install()
+    hook.remove()
+    assert functions() == before
 
 
 # ---- errors ------------------------------------------------------------------------------------------------------------------
