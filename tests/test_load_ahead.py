@@ -116,6 +116,17 @@ def test_a_launch_waits_for_the_thread(triton_is_asked, monkeypatch):
     assert may_go_on.is_set() and compiled.launches == [(*VALUES, 16)] and not triton_is_asked
 
 
+def test_a_launch_does_not_wait_for_a_turn(triton_is_asked, monkeypatch):
+    turns = threading.Semaphore(0)
+    monkeypatch.setattr(module, "_loaders", turns)
+    run = Launcher(kernel, {"H": 16}, TYPES)
+    module.load_ahead([run], 0)
+    run((1, 1, 1), 7, VALUES, True)
+    turns.release()
+    wait_for_threads()
+    assert [what for what, *_ in triton_is_asked] == ["launch"]
+
+
 def test_a_launch_goes_first_where_it_is(triton_is_asked):
     run = Launcher(kernel, {"H": 16}, TYPES)
     run((1, 1, 1), 7, VALUES, True)
@@ -268,6 +279,14 @@ def test_calls_of_a_graph(asked, batch_first, grad, options, saves):
     assert call.input.shape == (7, 2, 3) and call.hx.shape == (2, 2, 4) and len(call.params) == 8 and save is saves
     assert call.L == 2 and call.D == 1 and call.has_biases and call.dropout_masks is None
     assert call.input.transpose(0, 1).is_contiguous() == batch_first
+
+
+def test_calls_of_a_graph_below(asked):
+    with FakeTensorMode():
+        gm = GraphModule({}, Graph())
+        gm.add_module("body", graph_of())
+        ahead.load_ahead(gm)
+    assert len(asked) == 1
 
 
 def test_nothing_is_saved_without_autograd(asked):

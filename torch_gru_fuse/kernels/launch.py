@@ -260,10 +260,14 @@ def launcher(
     return found
 
 
+_loaders = threading.Semaphore(4)  # a model with many GRUs has more kernels than it has cores
+
+
 def load_ahead(launchers: Iterable[Launcher], device: int) -> None:
     """Starts to load them on a GPU, each in a thread: most of the time compilers are at work that leave Python alone.
 
-    What goes wrong there is left for the launch, which goes the same way.
+    A launch does not wait for a thread whose turn has not come, and what goes wrong in one is left for the launch, which goes
+    the same way.
     """
     launchers = [run for run in launchers if run.is_new]
     if not launchers or torch.cuda.is_current_stream_capturing():  # loading would end that
@@ -272,7 +276,7 @@ def load_ahead(launchers: Iterable[Launcher], device: int) -> None:
 
     def load(run: Launcher) -> None:
         try:
-            with torch.cuda.device(device):
+            with _loaders, torch.cuda.device(device):
                 run.load()
         except Exception as error:
             log.debug("loading ahead failed: %s", error)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from torch_gru_fuse import torch_hooks
 from torch_gru_fuse.ops import dispatch
 from torch_gru_fuse.ops.call import GRUCall
 from torch_gru_fuse.ops.schemas import ops
@@ -22,8 +23,9 @@ log = logging.getLogger("torch_gru_fuse")
 
 
 def load_ahead(gm: GraphModule) -> None:
-    """Starts to compile the kernels for the calls of `gru` in a graph whose sizes are known."""
-    for node in gm.graph.nodes:
+    """Starts to compile the kernels for the calls of `gru` in a graph, and in those below it, whose sizes are known."""
+    nodes = (node for module in (gm, *torch_hooks.child_graphs(gm)) for node in module.graph.nodes)
+    for node in nodes:
         if node.target is not ops.gru.default:
             continue
         try:
